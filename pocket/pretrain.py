@@ -1,0 +1,210 @@
+"""Pre-train pocket BLIP from nothing on drawn pairs: image-text contrast (ITC) and image-text matching (ITM), as BLIP does.
+
+    python -m pocket.pretrain --steps 5000 --out pocket/blip.pth      # the committed weights; resumes where it was stopped
+
+Pairs are drawn anew at every step (pocket.specs.pretraining_pair), so nothing is seen twice and no set has to be stored. What
+differs from BLIP's own recipe: no momentum encoder and no queue (a batch of 192 is large beside a world this small), no decoder
+loss, and captions that are true of other images in the batch are not used as negatives.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import blip_lite
+from blip_lite.blip import MEAN, STD
+from pocket.drawing import draw
+from pocket.specs import (
+    EDIT_KINDS, Rng, describe, edit, holds, pretraining_pair, random_garment, random_scene, sample, split_of, vocabulary,
+)  # fmt: skip
+
+HERE = Path(__file__).parent
+SIZES = dict(image_size=64, patch_size=8, stem=True, image_width=128, image_depth=3, max_positions=64, word_dim=128, text_depth=3,
+             embed_dim=64)  # fmt: skip
+WARMUP = 200  # steps
+HARD_AT = 2000  # the step from which negatives for matching are as hard as BLIP's
+
+
+def new_model(tokenizer, sizes=SIZES):
+    """Pocket BLIP with fresh weights: torch's own initialisation for linear layers, N(0, 0.02) for embeddings."""
+    blip = blip_lite.Blip({**sizes, "vocab_size": tokenizer.vocab_size}, tokenizer)
+    for name, parameter in blip.named_parameters():
+        if "embeddings.weight" in name or name.endswith(("pos_embed", "cls_token")):
+            torch.nn.init.normal_(parameter, std=0.02)
+    return blip
+
+
+def to_pixels(specs):
+    """Specs -> float32 [B, 3, 64, 64], normalised as Blip.preprocess does."""
+    images = torch.from_numpy(np.stack([np.asarray(draw(s)) for s in specs]))  # [B, 64, 64, 3] uint8
+    return ((images.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2).contiguous()
+
+
+def contrastive_loss(v, t, temperature, true):
+    """Symmetric InfoNCE over [B, B] similarities; true [B, B] (text i is true of image j) leaves false negatives out."""
+    target = torch.arange(len(v))
+    others = true & ~torch.eye(len(v), dtype=torch.bool)
+    logits = (t @ v.T / temperature).masked_fill(others, -1e4)  # [text, image]
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def by_length(encode, words, mask, *images):
+    """encode(words, mask, *images) in four groups of like length: captions have 4 to 50 tokens, most of a batch is padding."""
+    order = mask.sum(1).argsort()
+    parts = []
+    for rows in order.chunk(4):
+        longest = int(mask[rows].sum(1).max())
+        parts.append(encode(words[rows, :longest], mask[rows, :longest], *(x[rows] for x in images)))
+    return torch.cat(parts)[order.argsort()]
+
+
+def matching_loss(blip, words, mask, F_v, similarity, true, hardness):
+    """ITM on half of the batch: each pair, its text with a hard image, its image with a hard text -> loss, accuracy.
+
+    similarity [B, B] (text, image) / temperature. Negatives are drawn with probability softmax(hardness * similarity):
+    from hardness 0, where all are alike, to 1, BLIP's own. With hard ones from the start the head never leaves the majority
+    answer.
+    """
+    half = len(words) // 2
+    weights = (hardness * similarity.detach()).masked_fill(true, -1e4)
+    image = torch.multinomial(weights[:half].softmax(1) + 1e-8, 1)[:, 0]  # a hard image for texts 0..half
+    text = torch.multinomial(weights[:, :half].T.softmax(1) + 1e-8, 1)[:, 0]  # a hard text for images 0..half
+    own = torch.arange(half)
+    texts, images = torch.cat([own, own, text]), torch.cat([own, image, own])
+    logits = by_length(blip.match, words[texts], mask[texts], F_v[images])
+    labels = torch.cat([torch.ones(half), torch.zeros(2 * half)]).long()
+    return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
+
+
+@torch.no_grad()
+def validate(blip, count=1000, seed=0):
+    """Held-out figures on specs of the validation split, in percent.
+
+    full / partial: text-to-image R@1 among `count` images with full captions / captions of any length. composed: R@1 of
+    "caption of the reference that modifier". matching: accuracy on each image's own caption and on the highest-ranked caption
+    that is not true of it (chance 50), with full and with partial captions.
+    """
+    blip.eval()
+    out, rng = {}, Rng(seed)
+    held_out = lambda: sample(rng, "val", rng.choice((random_scene, random_garment)))  # noqa: E731
+
+    def encode(texts, specs):
+        with torch.autocast("cpu", torch.bfloat16):
+            ids, mask = blip.tokenize(texts)
+            words = blip.embed_words(ids)
+            v, F_v = blip.encode_image(to_pixels(specs))
+            t = by_length(blip.encode_text, words, mask)
+        return words, mask, F_v, t @ v.T  # outside autocast: bfloat16 similarities would tie
+
+    for name, keep in (("full", 1.0), ("partial", None)):
+        specs = [held_out() for _ in range(count)]
+        texts, facts = zip(*(describe(s, rng, keep) for s in specs), strict=True)
+        words, mask, F_v, similarity = encode(list(texts), specs)
+        out[f"{name}_R@1"] = 100 * (similarity.argmax(1) == torch.arange(count)).float().mean().item()
+        true = torch.from_numpy(holds(facts, specs))
+        hard = similarity.masked_fill(true, -2).argmax(0)  # [image] -> the wrong text that looks most right
+        with torch.autocast("cpu", torch.bfloat16):
+            positive = blip.match(words, mask, F_v).argmax(1) == 1
+            negative = blip.match(words[hard], mask[hard], F_v).argmax(1) == 0
+        out[f"{name}_matching"] = 50 * (positive.float().mean() + negative.float().mean()).item()
+    for kind in EDIT_KINDS:
+        texts, specs = [], []
+        while len(specs) < count:
+            before = rng.choice((random_scene, random_garment))(rng)
+            change = edit(before, rng, kind)
+            if split_of(change.apply(before)) == "val":
+                specs.append(change.apply(before))
+                texts.append(f"a photo of {describe(before, rng, 1.0)[0]} that {change.text}")
+        similarity = encode(texts, specs)[-1]
+        out[f"composed_{kind}_R@1"] = 100 * (similarity.argmax(1) == torch.arange(count)).float().mean().item()
+    blip.train()
+    return out
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up, a plateau, linear to zero over the last 30 %: until then `steps` may still be changed without a jump."""
+    return peak * min(1, (step + 1) / WARMUP, (steps - step) / (0.3 * steps))
+
+
+def batch(rng, size, tokenizer):
+    specs, captions, facts = zip(*(pretraining_pair(rng) for _ in range(size)), strict=True)
+    return to_pixels(specs), *tokenizer(list(captions)), torch.from_numpy(holds(facts, specs))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5000, help="the schedule's length; fewer steps mean a weaker BLIP")
+    parser.add_argument("--batch", type=int, default=192, help="pairs a step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; one a process where several run side by side")
+    parser.add_argument("--out", type=Path, default=HERE / "blip.pth", help="weights (fp16); OUT.state resumes, OUT.log tells")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    vocab = HERE / "vocab.txt"
+    if not vocab.exists():
+        vocab.write_text("\n".join(vocabulary()) + "\n")
+    blip = new_model(blip_lite.Tokenizer(vocab))
+    decay = [p for p in blip.parameters() if p.ndim > 1]
+    plain = [p for p in blip.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.98)
+    )
+    state_file, log_file = Path(f"{args.out}.state"), Path(f"{args.out}.log")
+    start = 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        blip.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    print(f"{sum(p.numel() for p in blip.parameters()) / 1e6:.2f} M parameters, steps {start}..{args.steps}")
+    began = time.time()
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps)
+    for step in bar:
+        torch.manual_seed(args.seed * 1_000_003 + step)  # a resumed run draws the same negatives
+        pixels, ids, mask, true = batch(Rng(f"{args.seed}-{step}"), args.batch, blip.tokenizer)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        with torch.autocast("cpu", torch.bfloat16):
+            v, F_v = blip.encode_image(pixels)
+            words = blip.embed_words(ids)
+            t = by_length(blip.encode_text, words, mask)
+        temperature = blip.temp.clamp(0.02, 0.5)  # a floor: colder, the contrast is all there is
+        itc = contrastive_loss(v, t, temperature, true)  # in float32: bfloat16 has steps of 0.25 at logits of 50
+        hardness = min(1.0, step / HARD_AT)
+        similarity = t @ v.T / temperature
+        with torch.autocast("cpu", torch.bfloat16):
+            itm, accuracy = matching_loss(blip, words, mask, F_v, similarity, true, hardness)
+        loss = itc + itm
+        if not torch.isfinite(loss):
+            raise SystemExit(f"the loss is {loss.item()} at step {step}: lower --lr")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(blip.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix(itc=f"{itc.item():.3f}", itm=f"{itm.item():.3f}", matched=f"{accuracy.item():.2f}")
+        last = step + 1 == args.steps
+        if (step + 1) % 250 == 0 or last:
+            temporary = Path(f"{state_file}.tmp")
+            torch.save({"model": blip.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, temporary)
+            os.replace(temporary, state_file)
+        if (step + 1) % 500 == 0 or last:
+            figures = {k: round(x, 1) for k, x in validate(blip).items()}
+            row = {"step": step + 1, "seconds": round(time.time() - began), "itc": round(itc.item(), 4),
+                   "itm": round(itm.item(), 4), "temperature": round(temperature.item(), 4), **figures}  # fmt: skip
+            with log_file.open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            tqdm.write(json.dumps(row))
+            blip_lite.save(blip, args.out)
+
+
+if __name__ == "__main__":
+    main()
