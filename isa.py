@@ -113,6 +113,8 @@ def compose_query(blip, U, modifiers=None, prompt="a photo of"):
     rows, so position embedding and LayerNorm still apply to it.
     """
     modifiers = [""] * len(U) if modifiers is None else modifiers
+    if isinstance(modifiers, str):
+        raise TypeError("modifiers should be a list of strings, one for each image, not one string")
     if len(modifiers) != len(U):
         raise ValueError(f"{len(U)} images but {len(modifiers)} modifiers; give one modifier for each image")
     head, _ = blip.tokenize([prompt])  # [1, P+2]
@@ -130,7 +132,8 @@ def global_contrastive_distillation(v, t, temperature):
 
     v [B, E] image features and t [B, E] sentence features, unit norm; temperature tau. Returns a scalar.
     """
-    logits = v.float() @ t.float().T / temperature  # [B images, B sentences]
+    with torch.autocast(v.device.type, enabled=False):  # bfloat16 would round logits near 50 to steps of 0.25
+        logits = v.float() @ t.float().T / temperature  # [B images, B sentences]
     own = torch.arange(len(v), device=v.device)
     i2t, t2i = F.cross_entropy(logits, own), F.cross_entropy(logits.T, own)  # H(p, y) with one-hot y is cross-entropy
     return (i2t + t2i) / 2
@@ -163,7 +166,8 @@ def sample_hard_negatives(v, t, temperature):
 
     BLIP's scheme: probability proportional to softmax(similarity / tau) + 1e-4, a sample's own partner excluded.
     """
-    similarity = t.float() @ v.float().T / temperature  # [B sentences, B images]
+    with torch.autocast(v.device.type, enabled=False):
+        similarity = t.float() @ v.float().T / temperature  # [B sentences, B images]
     image_weights = (similarity.softmax(dim=1) + 1e-4).fill_diagonal_(0)
     sentence_weights = (similarity.T.softmax(dim=1) + 1e-4).fill_diagonal_(0)
     return torch.multinomial(image_weights, 1)[:, 0], torch.multinomial(sentence_weights, 1)[:, 0]

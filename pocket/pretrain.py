@@ -7,9 +7,12 @@ differs from BLIP's own recipe: no momentum encoder and no queue (a batch of 192
 loss, and captions that are true of other images in the batch are not used as negatives.
 """
 
+import os
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch is imported: huge pages, a third less time on a CPU
+
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -145,6 +148,7 @@ def main():
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; one a process where several run side by side")
+    parser.add_argument("--held-out", type=int, default=1000, help="images that the held-out figures rank")
     parser.add_argument("--out", type=Path, default=HERE / "blip.pth", help="weights (fp16); OUT.state resumes, OUT.log tells")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -197,7 +201,7 @@ def main():
             torch.save({"model": blip.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, temporary)
             os.replace(temporary, state_file)
         if (step + 1) % 500 == 0 or last:
-            figures = {k: round(x, 1) for k, x in validate(blip).items()}
+            figures = {k: round(x, 1) for k, x in validate(blip, args.held_out).items()}
             row = {"step": step + 1, "seconds": round(time.time() - began), "itc": round(itc.item(), 4),
                    "itm": round(itm.item(), 4), "temperature": round(temperature.item(), 4), **figures}  # fmt: skip
             with log_file.open("a") as log:

@@ -19,7 +19,7 @@ import numpy as np
 
 from .drawing import draw
 from .specs import (
-    BACKGROUNDS, EDIT_KINDS, GARMENTS, PLACES, Edit, Garment, Rng, Scene, Spec, Thing, edit, forget, holds, random_garment,
+    BACKGROUNDS, EDIT_KINDS, GARMENTS, PLACES, Edit, Garment, Rng, Scene, Spec, Thing, describe, edit, forget, holds, random_garment,
     random_scene, sample, say, split_of,
 )  # fmt: skip
 
@@ -163,6 +163,11 @@ def _write_json(path: Path, value):
     path.write_text(json.dumps(value, indent=1))
 
 
+def _captions(images, rng: Rng):
+    """{name: a full caption}: not part of the benchmarks, but the ceilings of evaluate.py are made of it."""
+    return {str(name): describe(spec, rng, keep=1.0)[0] for name, spec in images.items()}
+
+
 def write(out, seed=0, scale=1.0, workers=2):
     """Draw the whole world into the folder `out`: train/, cirr/, circo/, fashioniq/. The same bytes for the same seed.
 
@@ -171,13 +176,15 @@ def write(out, seed=0, scale=1.0, workers=2):
     out, size = Path(out), lambda n: max(4, round(n * scale))
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    jobs = []
+    jobs, captions = [], {"cirr": {}, "fashioniq": {}, "circo": {}}
     rng = Rng(f"train {seed}")
     for i in range(size(12000)):
         make = (random_scene, random_garment)[i % 2]
         jobs.append((draft / f"train/{i:06d}.png", sample(rng, "unlabeled", make)))
     for split, (folder, official) in {"val": ("dev", "val"), "test": ("test1", "test1")}.items():
-        images, entries = make_cirr(Rng(f"cirr {split} {seed}"), split, size(384))
+        rng = Rng(f"cirr {split} {seed}")
+        images, entries = make_cirr(rng, split, size(384))
+        captions["cirr"] |= _captions(images, rng)
         jobs += [(draft / f"cirr/img_raw/{folder}/{name}.png", spec) for name, spec in images.items()]
         _write_json(draft / f"cirr/captions/cap.rc2.{official}.json", entries)
         paths = {name: f"./{folder}/{name}.png" for name in images}
@@ -185,16 +192,21 @@ def write(out, seed=0, scale=1.0, workers=2):
         for category in GARMENTS:
             rng = Rng(f"fashioniq {split} {category} {seed}")
             images, entries = make_fashioniq(rng, split, category, size(700), size(FASHION_GALLERY[category]))
+            captions["fashioniq"] |= _captions(images, rng)
             jobs += [(draft / f"fashioniq/images/{name}.png", spec) for name, spec in images.items()]
             _write_json(draft / f"fashioniq/captions/cap.{category}.{split}.json", entries)
             _write_json(draft / f"fashioniq/image_splits/split.{category}.{split}.json", list(images))
-    images, entries = make_circo(Rng(f"circo {seed}"), {"val": size(600), "test": size(600)}, size(1000))
+    rng = Rng(f"circo {seed}")
+    images, entries = make_circo(rng, {"val": size(600), "test": size(600)}, size(1000))
+    captions["circo"] |= _captions(images, rng)
     gallery = draft / "circo/COCO2017_unlabeled"
     jobs += [(gallery / f"unlabeled2017/{name:012d}.jpg", spec) for name, spec in images.items()]
     info = [{"id": name, "file_name": f"{name:012d}.jpg"} for name in images]
     _write_json(gallery / "annotations/image_info_unlabeled2017.json", {"images": info})
     for split in entries:
         _write_json(draft / f"circo/annotations/{split}.json", entries[split])
+    for name, texts in captions.items():
+        _write_json(draft / name / "captions.json", texts)
     for folder in {path.parent for path, _ in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers) as pool:

@@ -1,0 +1,113 @@
+"""The text encoder of BLIP: a post-norm BERT that can also look at an image.
+
+Two modes share all weights: *text mode* skips cross-attention, *matching mode* runs it in every layer on the image
+tokens. The encoder starts from word vectors, not ids: that is where ISA's sentence tokens enter. Parameter names are
+those of the official checkpoints. B texts, T tokens, d width, S image tokens of width D.
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+from .vit import attention
+
+EPS = 1e-12  # BERT's LayerNorm epsilon; the ViT's is 1e-6
+
+
+class Embeddings(nn.Module):
+    """Word vectors + position embedding -> LayerNorm. BLIP's BERT has no token types."""
+
+    def __init__(self, vocab_size, max_positions, width):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(vocab_size, width)
+        self.position_embeddings = nn.Embedding(max_positions, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=EPS)
+
+    def forward(self, words):
+        if words.shape[1] > self.position_embeddings.num_embeddings:
+            raise ValueError(
+                f"a text of {words.shape[1]} tokens is longer than BLIP's {self.position_embeddings.num_embeddings} "
+                "positions; shorten it"
+            )
+        return self.LayerNorm(words + self.position_embeddings.weight[: words.shape[1]])  # [B, T, d]
+
+
+class Projections(nn.Module):
+    """The query, key and value projections; keys and values may come from an image of another width."""
+
+    def __init__(self, width, source_width):
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(source_width, width)
+        self.value = nn.Linear(source_width, width)
+
+
+class Residual(nn.Module):
+    """Linear -> add the residual -> LayerNorm (post-norm)."""
+
+    def __init__(self, in_width, width):
+        super().__init__()
+        self.dense = nn.Linear(in_width, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=EPS)
+
+    def forward(self, x, residual):
+        return self.LayerNorm(self.dense(x) + residual)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, source_width):
+        super().__init__()
+        self.self = Projections(width, source_width)
+        self.output = Residual(width, width)
+
+    def forward(self, x, source, mask=None):
+        q, k, v = self.self.query(x), self.self.key(source), self.self.value(source)
+        return self.output(attention(q, k, v, mask), x)
+
+
+class Intermediate(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.dense = nn.Linear(width, 4 * width)
+
+    def forward(self, x):
+        return F.gelu(self.dense(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, width, image_width):
+        super().__init__()
+        self.attention = Attention(width, width)
+        self.crossattention = Attention(width, image_width)
+        self.intermediate = Intermediate(width)
+        self.output = Residual(4 * width, width)
+
+    def forward(self, x, mask, image_tokens=None):
+        x = self.attention(x, x, mask)
+        if image_tokens is not None:
+            x = self.crossattention(x, image_tokens)  # every image token may be attended to
+        return self.output(self.intermediate(x), x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, width, depth, image_width):
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(width, image_width) for _ in range(depth))
+
+
+class TextEncoder(nn.Module):
+    """Word vectors [B, T, d] and mask [B, T] (1 = a token, 0 = padding) -> hidden states [B, T, d].
+
+    With image_tokens [B, S, D] the encoder runs in matching mode, without them in text mode.
+    Raises ValueError where T exceeds the number of positions.
+    """
+
+    def __init__(self, vocab_size, max_positions, width, depth, image_width):
+        super().__init__()
+        self.embeddings = Embeddings(vocab_size, max_positions, width)
+        self.encoder = Encoder(width, depth, image_width)
+
+    def forward(self, words, mask, image_tokens=None):
+        x, mask = self.embeddings(words), mask.bool()
+        for layer in self.encoder.layer:
+            x = layer(x, mask, image_tokens)
+        return x

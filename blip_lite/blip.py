@@ -1,0 +1,76 @@
+"""BLIP (Li et al., ICML 2022) as ISA uses it: two encoders into one space, and a matching head.
+
+B images or texts, E joint embedding (256), D image width, d_w word width, T tokens. `load` returns it frozen;
+pocket/pretrain.py trains the same class from nothing.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .bert import TextEncoder
+from .preprocess import MEAN, STD, to_pixels
+from .vit import VisionTransformer
+
+
+class Blip(nn.Module):
+    """The visual encoder, the text encoder (also the matching encoder), their projections and the matching head.
+
+    sizes: a dict as checkpoint.infer_sizes reads it off a state dict, with image_size, patch_size, image_width,
+    image_depth, vocab_size, max_positions, word_dim, text_depth, embed_dim and, for vit.PatchEmbed's stem, stem.
+    """
+
+    def __init__(self, sizes, tokenizer):
+        super().__init__()
+        s = sizes
+        self.image_size, self.word_dim, self.embed_dim = s["image_size"], s["word_dim"], s["embed_dim"]
+        self.tokenizer = tokenizer
+        self.fingerprint = ""  # checkpoint.load sets it: which weights, at which image size
+        self.visual_encoder = VisionTransformer(
+            s["image_size"], s["patch_size"], s["image_width"], s["image_depth"], s.get("stem", False)
+        )
+        self.text_encoder = TextEncoder(
+            s["vocab_size"], s["max_positions"], s["word_dim"], s["text_depth"], s["image_width"]
+        )
+        self.vision_proj = nn.Linear(s["image_width"], s["embed_dim"])
+        self.text_proj = nn.Linear(s["word_dim"], s["embed_dim"])
+        self.itm_head = nn.Linear(s["word_dim"], 2)
+        self.temp = nn.Parameter(torch.tensor(0.07))
+
+    @property
+    def temperature(self):
+        """tau of the contrastive loss, a Python float: BLIP's own, learnt in its pre-training."""
+        return self.temp.item()
+
+    def preprocess(self, pil):
+        """A PIL image of any mode and size -> float32 [3, S, S], upright, RGB, bicubic, BLIP's mean and std."""
+        return to_pixels(pil, self.image_size, MEAN, STD)
+
+    def encode_image(self, pixels):
+        """pixels [B, 3, S, S] -> v [B, E] of unit norm, F_v [B, 1+N, D] (after the final LayerNorm, CLS first)."""
+        F_v = self.visual_encoder(pixels)
+        return F.normalize(self.vision_proj(F_v[:, 0]).float(), dim=-1), F_v
+
+    def tokenize(self, texts):
+        """A list of B strings -> ids [B, T] and mask [B, T], int64: [CLS] ... [SEP], padded to the longest."""
+        ids, mask = self.tokenizer(texts)
+        return ids.to(self.temp.device), mask.to(self.temp.device)
+
+    def embed_words(self, ids):
+        """ids [B, T] -> words [B, T, d_w]: rows of the word embedding, before position embedding and LayerNorm."""
+        return self.text_encoder.embeddings.word_embeddings(ids)
+
+    def encode_text(self, words, mask):
+        """words [B, T, d_w], mask [B, T] -> t [B, E] of unit norm. Text mode: no cross-attention."""
+        hidden = self.text_encoder(words, mask)  # [B, T, d_w]
+        return F.normalize(self.text_proj(hidden[:, 0]).float(), dim=-1)
+
+    def match(self, words, mask, F_v):
+        """words [B, T, d_w], mask [B, T], F_v [B, 1+N, D] -> logits [B, 2], index 1 = the text matches the image.
+
+        Position 0 becomes [ENC], the token that BLIP uses in place of [CLS] in matching mode.
+        """
+        enc = self.embed_words(torch.tensor(self.tokenizer.enc_id, device=words.device))  # [d_w]
+        words = torch.cat([enc.to(words.dtype).expand(len(words), 1, -1), words[:, 1:]], dim=1)
+        hidden = self.text_encoder(words, mask, F_v)
+        return self.itm_head(hidden[:, 0]).float()

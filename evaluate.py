@@ -1,0 +1,381 @@
+"""Evaluate composed image retrieval on CIRR, FashionIQ and CIRCO, the real ones or the pocket world's.
+
+    python evaluate.py table                              # the pocket world: ISA beside the simple baselines
+    python evaluate.py table --benchmark cirr --data data/cirr --split val --checkpoint runs/x/isa.pt --blip model_base.pth
+    python evaluate.py score --benchmark circo --data data/circo --split val predictions.json       # annotations are enough
+    python evaluate.py submit --benchmark cirr --data data/cirr --split test1 --checkpoint runs/x/isa.pt --out cirr_test1.json
+    python evaluate.py check --benchmark cirr --data data/cirr                                      # is everything there?
+"""
+
+import os
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch is imported: huge pages, a third less time on a CPU
+
+import argparse
+import json
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import baselines
+import benchmarks
+import blip_lite
+import isa
+import light_encoders
+from blip_lite.features import autocast, image_features, load_images, open_image, pick_precision
+from pocket import world
+from train import load_query_model
+
+POCKET_DATA = "data/pocket"
+SIMPLE = {  # method -> query features from (blip, v of the reference, modifiers)
+    "image": baselines.image_only,
+    "text": baselines.text_only,
+    "image+text": baselines.image_plus_text,
+    "0.5image+text": partial(baselines.image_plus_text, image_weight=0.5),
+}
+CEILINGS = {  # the same through captions of what the pocket world really drew: how far its BLIP could get at all
+    "reference caption": "what the light encoder would have to say",
+    "target caption": "what the modifier is about",
+}
+METHODS = (*SIMPLE, "isa", *CEILINGS)
+
+
+def modifiers(query):
+    """The texts of one query whose features are averaged: FashionIQ's two captions are joined in both orders."""
+    if len(query.captions) == 2:
+        first, second = query.captions
+        return [f"{first} and {second}", f"{second} and {first}"]
+    return query.captions
+
+
+@torch.no_grad()
+def encode_queries(encode, queries, precision, device, batch_size=256):
+    """encode(rows, modifiers) -> [B, E] for every text of every query; the texts of a query are averaged. -> [Q, E]."""
+    texts = [(row, text) for row, query in enumerate(queries) for text in modifiers(query)]
+    texts.sort(key=lambda pair: len(pair[1]))  # like lengths together: less padding
+    features = []
+    for start in range(0, len(texts), batch_size):
+        rows, words = zip(*texts[start : start + batch_size], strict=True)
+        with autocast(device, precision):
+            features.append(F.normalize(encode(torch.tensor(rows), list(words)).float(), dim=-1))
+    features = torch.cat(features).cpu()
+    q = torch.zeros(len(queries), features.shape[1]).index_add_(0, torch.tensor([row for row, _ in texts]), features)
+    return F.normalize(q, dim=-1)
+
+
+@torch.no_grad()
+def sentence_tokens(query_model, paths, precision, device, workers):
+    """Image files -> U [M, L, d_w], what a phone would send for each."""
+    preprocess = partial(light_encoders.preprocess, query_model.encoder)
+    out = []
+    for rows in tqdm(load_images(paths, preprocess, 128, workers), desc="sentences", unit="batch", leave=False, disable=None):
+        bad = [why for _, why in rows if isinstance(why, str)]
+        if bad:
+            raise ValueError(bad[0])
+        with autocast(device, precision):
+            out.append(query_model(torch.stack([pixels for _, pixels in rows]).to(device)).float())
+    return torch.cat(out)
+
+
+class Setting:
+    """One benchmark ready to be queried: gallery and reference features from the frozen BLIP, computed once."""
+
+    def __init__(self, blip, benchmark, args, precision):
+        self.blip, self.benchmark, self.precision, self.workers = blip, benchmark, precision, args.workers
+        missing = benchmarks.missing_images(benchmark)
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(benchmark.paths)} images of {benchmark.name} are missing, the first is "
+                f"{benchmark.paths[missing[0]]}; `python evaluate.py check` shows the expected tree"
+            )
+        extra = {query.reference for query in benchmark.queries} - set(benchmark.gallery)
+        self.names = [*benchmark.gallery, *sorted(extra)]
+        self.place = {name: i for i, name in enumerate(self.names)}
+        label = " ".join(filter(None, (benchmark.name, benchmark.category, benchmark.split)))
+        features = image_features(blip, [benchmark.paths[n] for n in self.names], args.cache, precision=precision,
+                                  workers=args.workers, what=f"images of {label}")  # fmt: skip
+        self.v = torch.from_numpy(features.v)  # [M, E], the gallery first
+        self.references = torch.tensor([self.place[query.reference] for query in benchmark.queries])  # [Q]
+
+    @property
+    def gallery(self):
+        return self.v[: len(self.benchmark.gallery)]
+
+    def captions(self):
+        """{name: a full caption} where the data set has captions.json beside its annotations (the pocket world), else None."""
+        path = self.benchmark.paths[self.names[0]].parents[2 if self.benchmark.name != "fashioniq" else 1] / "captions.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def query_features(self, method, query_model=None, prompt="a photo of"):
+        """Features [Q, E] of every query by a method of METHODS; None where the method does not apply to this data."""
+        blip, device = self.blip, self.blip.temp.device
+        if method == "isa":
+            used = sorted(set(self.references.tolist()))
+            paths = [self.benchmark.paths[self.names[i]] for i in used]
+            U = sentence_tokens(query_model, paths, self.precision, device, self.workers)  # [R, L, d_w]
+            row = {place: i for i, place in enumerate(used)}
+            own = torch.tensor([row[place] for place in self.references.tolist()])  # [Q]
+
+            def encode(rows, words):
+                return blip.encode_text(*isa.compose_query(blip, U[own[rows].to(device)], words, prompt))
+        elif method in CEILINGS:
+            captions = self.captions()
+            if captions is None:
+                return None
+
+            def encode(rows, words):
+                queries = [self.benchmark.queries[i] for i in rows.tolist()]
+                if method == "target caption":
+                    words = [f"{prompt} {captions[query.targets[0]]}" for query in queries]
+                else:
+                    words = [f"{prompt} {captions[q.reference]} that {w}" for q, w in zip(queries, words, strict=True)]
+                return baselines.text_only(blip, None, words)
+        else:
+
+            def encode(rows, words):
+                return SIMPLE[method](blip, self.v[self.references[rows]].to(device), words)
+
+        return encode_queries(encode, self.benchmark.queries, self.precision, device)
+
+    def rank(self, q, k=50):
+        """Query features -> rankings, and CIRR's subset rankings (else None)."""
+        subsets = benchmarks.rank_subsets(self.benchmark, q, self.gallery) if self.benchmark.name == "cirr" else None
+        return benchmarks.rank(self.benchmark, q, self.gallery, k), subsets
+
+
+# ---------------------------------------------------------------------------------------------- table
+def open_benchmarks(args):
+    """The benchmarks that the options ask for; the pocket world is drawn first where it is missing."""
+    if args.data is None:
+        world.ensure(POCKET_DATA)
+    names = ("cirr", "fashioniq", "circo") if args.benchmark == "all" else (args.benchmark,)
+    split = args.split or "test"
+    loaded = []
+    for name in names:
+        root = Path(args.data or POCKET_DATA) / name if args.benchmark == "all" or args.data is None else args.data
+        official = "test1" if name == "cirr" and split == "test" else split
+        categories = benchmarks.CATEGORIES if name == "fashioniq" else (None,)
+        loaded += [benchmarks.load(name, root, official, category) for category in categories]
+    return loaded
+
+
+def summarize(results):
+    """A list of {metric: value} over seeds -> {metric: [mean, standard deviation]}."""
+    return {m: [statistics.mean(r[m] for r in results), statistics.stdev([r[m] for r in results]) if len(results) > 1 else 0.0]
+            for m in results[0]}  # fmt: skip
+
+
+def table(args):
+    device = torch.device(args.device)
+    blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=device)
+    precision = pick_precision(device) if args.precision == "auto" else args.precision
+    models = [load_query_model(path, blip) for path in args.checkpoint] if "isa" in args.methods else []
+    settings = {k: v for k, v in vars(args).items() if isinstance(v, str | int | float | list | None)}
+    report = {"settings": {**settings, "precision": precision, "blip_fingerprint": blip.fingerprint}, "results": {}}
+    picture = None
+    scores = {}  # benchmark -> method -> [seed][category] -> (metrics, metrics by kind)
+    for benchmark in open_benchmarks(args):
+        setting = Setting(blip, benchmark, args, precision)
+        for method in tqdm(args.methods, desc=f"{benchmark.name} {benchmark.category or ''}", leave=False, disable=None):
+            runs = models if method == "isa" else [(None, {"prompt": "a photo of"})]
+            for seed, (model, trained) in enumerate(runs):
+                q = setting.query_features(method, model, trained["prompt"])
+                if q is None:
+                    continue
+                rankings, subsets = setting.rank(q)
+                result = [f(benchmark, rankings, subsets) for f in (benchmarks.score, benchmarks.score_by_kind)]
+                scores.setdefault(benchmark.name, {}).setdefault(method, {}).setdefault(seed, []).append(result)
+                if method == "isa" and picture is None:
+                    picture = draw_picture(setting, rankings)
+    for name, methods in scores.items():
+        rows = {}
+        for method, seeds in methods.items():
+            rows[method] = {"all": summarize([benchmarks.average([r for r, _ in parts]) for parts in seeds.values()])}
+            for kind in (k for k in world.EDIT_KINDS if all(k in by_kind for _, by_kind in seeds[0])):
+                rows[method][kind] = summarize([benchmarks.average([k[kind] for _, k in parts]) for parts in seeds.values()])
+        report["results"][name] = rows
+        print_table(name, rows, args)
+    write_json(args.json, report)
+    print(f"\nwrote {args.json}")
+    if picture is not None:
+        picture.save(args.picture)
+        print(f"wrote {args.picture}: query, modifier, the five best; framed = the target")
+
+
+HEADLINE = {"cirr": "R@1", "fashioniq": "R@10", "circo": "mAP@5"}  # the metric that is also shown by type of modifier
+
+
+def print_table(name, rows, args):
+    """Rows {method: {"all" or a kind: {metric: [mean, spread]}}} as text."""
+    metrics = [m for m in next(iter(rows.values()))["all"] if m[:2] != "Rs" and not (name == "circo" and m[0] == "R")]
+    kinds = [k for k in world.EDIT_KINDS if k in next(iter(rows.values()))]
+    titles = [*metrics, *(f"{HEADLINE[name]} {kind}" for kind in kinds)]
+    spread = len(args.checkpoint) > 1
+    seeds = f", isa: mean ± standard deviation of {len(args.checkpoint)} seeds" if spread else ""
+    print(f"\n{name} ({args.split or 'test'}), percent{seeds}")
+    print(f"{'method':18s}" + "".join(f"{t:>{max(8, len(t) + 2) + 6 * spread}s}" for t in titles))
+    for method, parts in rows.items():
+        values = [parts["all"][m] for m in metrics] + [parts[k][HEADLINE[name]] for k in kinds]
+        cells = [f"{mean:.2f} ± {sd:.2f}" if spread and method == "isa" else f"{mean:.2f}" for mean, sd in values]
+        print(f"{method:18s}" + "".join(f"{c:>{max(8, len(t) + 2) + 6 * spread}s}" for c, t in zip(cells, titles, strict=True)))
+
+
+def draw_picture(setting, rankings, count=6, top=5, side=96):
+    """The first queries of each type: reference, modifier, best images; a frame marks the targets. -> PIL image."""
+    benchmark = setting.benchmark
+    chosen = sorted(benchmark.queries, key=lambda q: (len(q.captions[0]) > 44, benchmark.queries.index(q) % 97))[:count]
+    sheet = Image.new("RGB", (side * (top + 4) + 8, (side + 8) * count + 8), "white")
+    pen = ImageDraw.Draw(sheet)
+    for line, query in enumerate(chosen):
+        y = 8 + line * (side + 8)
+
+        def paste(name, x, frame=None, y=y):
+            image = blip_lite.to_rgb(open_image(benchmark.paths[name])).resize((side - 8, side - 8))
+            if frame:
+                pen.rectangle((x - 4, y - 4, x + side - 5, y + side - 5), fill=frame)
+            sheet.paste(image, (x, y))
+
+        paste(query.reference, 8)
+        words, text = query.captions[0].split(), [""]
+        for word in words:
+            text = [*text[:-1], f"{text[-1]} {word}"] if len(text[-1]) + len(word) < 30 else [*text, word]
+        pen.multiline_text((side + 8, y + 24), "that" + "\n".join(text), fill="black", font_size=15)
+        for i, name in enumerate(rankings[query.id][:top]):
+            paste(name, side * (4 + i) + 4, (30, 160, 60) if name in query.targets else None)
+    return sheet
+
+
+def write_json(path, value):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------- score, submit, check
+def annotated(args):
+    """The benchmark's parts of one split: one, or FashionIQ's three categories."""
+    categories = benchmarks.CATEGORIES if args.benchmark == "fashioniq" else (None,)
+    return [benchmarks.load(args.benchmark, args.data, args.split, category) for category in categories]
+
+
+def score(args):
+    parts = annotated(args)
+    results = []
+    for benchmark in parts:
+        rankings = benchmarks.read_predictions(args.predictions, benchmark)
+        subsets = benchmarks.read_predictions(args.subset, benchmark, "recall_subset") if args.subset else None
+        result = benchmarks.score(benchmark, rankings, subsets)
+        if benchmark.name == "cirr" and subsets is None:
+            result = {k: v for k, v in result.items() if k[:2] != "Rs"}  # a top-50 list does not rank the whole subset
+        results.append(result)
+        print(f"{benchmark.name} {benchmark.category or ''} {benchmark.split}: "
+              + "  ".join(f"{k} {v:.2f}" for k, v in result.items()))  # fmt: skip
+        for aspect, value in benchmarks.aspect_scores(benchmark, rankings).items():
+            print(f"  mAP@10 {aspect}: {value:.2f}")
+    if len(results) > 1:
+        print("average: " + "  ".join(f"{k} {v:.2f}" for k, v in benchmarks.average(results).items()))
+
+
+def submit(args):
+    device = torch.device(args.device)
+    blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=device)
+    precision = pick_precision(device) if args.precision == "auto" else args.precision
+    model, trained = load_query_model(args.checkpoint, blip)
+    document, subset_document = {}, {}
+    for benchmark in annotated(args):
+        setting = Setting(blip, benchmark, args, precision)
+        rankings, subsets = setting.rank(setting.query_features("isa", model, trained["prompt"]))
+        document |= benchmarks.predictions(benchmark, rankings)
+        if subsets is not None:
+            subset_document = benchmarks.predictions(benchmark, subsets, "recall_subset")
+    out = Path(args.out)
+    benchmarks.write_predictions(out, document)
+    print(f"wrote {out}")
+    if subset_document:
+        subset_out = out.with_name(f"{out.stem}_subset{out.suffix}")
+        benchmarks.write_predictions(subset_out, subset_document)
+        print(f"wrote {subset_out}")
+
+
+def check(args):
+    print(f"expected below {args.data}:\n\n{benchmarks.expected_tree(args.benchmark)}\n")
+    complete = True
+    for row in benchmarks.check_layout(args.benchmark, args.data, args.splits):
+        print(f"{args.benchmark} {row['category'] or ''} {row['split']}: ", end="")
+        if row["problem"]:
+            complete = False
+            print(row["problem"])
+            continue
+        found = row["images"] - row["images_missing"]
+        print(f"{row['queries']} queries, gallery of {row['gallery']}, {found} of {row['images']} images found")
+        for name in row["first_missing"]:
+            print(f"  missing: {name}")
+        complete &= not row["images_missing"]
+    if not complete:
+        raise ValueError(f"{args.data} is not complete; see the list above")
+
+
+# ---------------------------------------------------------------------------------------------- command line
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, run, help, benchmark):
+        p = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        p.set_defaults(run=run)
+        if benchmark:
+            p.add_argument("--benchmark", choices=("cirr", "fashioniq", "circo"), required=True)
+            p.add_argument("--data", required=True, help="root of the benchmark, in its official layout")
+        return p
+
+    def models(p):
+        p.add_argument("--blip", default="pocket", help='"pocket", or the checkpoint that ISA was trained against')
+        p.add_argument("--vocab", help="BERT's vocab.txt, where it does not lie beside the checkpoint")
+        p.add_argument("--image-size", type=int, help="side in pixels that BLIP sees; the same as in training")
+        p.add_argument("--cache", default="cache", help="folder for the gallery's features")
+        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is faster here")
+        p.add_argument("--workers", type=int, default=1, help="processes that decode images")
+
+    p = command("table", table, "a table of methods: ISA, the simple baselines, the ceilings of the pocket world", False)
+    p.add_argument("--benchmark", choices=("all", "cirr", "fashioniq", "circo"), default="all")
+    p.add_argument("--data", help="root of the benchmark (of all three: their common parent); default: the pocket world")
+    p.add_argument("--split", help="val, test, test1, ...; default: test, with targets only in the pocket world")
+    p.add_argument("--checkpoint", nargs="+", default=["runs/pocket/isa.pt"], help="isa.pt; several = seeds of one setting")
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    p.add_argument("--json", default="runs/table.json", help="the table with its settings")
+    p.add_argument("--picture", default="runs/retrieved.png", help="some queries and what ISA found")
+    models(p)
+
+    p = command("score", score, "score a prediction file; needs annotations only", True)
+    p.add_argument("--split", default="val")
+    p.add_argument("predictions", help="JSON in the test server's format; FashionIQ: {category: {index: [names]}}")
+    p.add_argument("--subset", help="CIRR: the recall_subset file, for Rs@K")
+
+    p = command("submit", submit, "write the file that the test server of CIRR or CIRCO takes", True)
+    p.add_argument("--split", required=True)
+    p.add_argument("--checkpoint", required=True)
+    p.add_argument("--out", required=True, help="CIRR: a second file NAME_subset.json is written beside it")
+    models(p)
+
+    p = command("check", check, "compare a folder with the layout that is expected", True)
+    p.add_argument("--splits", nargs="+", default=["val"])
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("evaluate.py: interrupted")
