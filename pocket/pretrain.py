@@ -25,7 +25,17 @@ import blip_lite
 from blip_lite.blip import MEAN, STD
 from pocket.drawing import draw
 from pocket.specs import (
-    EDIT_KINDS, Rng, describe, edit, holds, pretraining_pair, random_garment, random_scene, sample, split_of, vocabulary,
+    EDIT_KINDS,
+    Rng,
+    describe,
+    edit,
+    holds,
+    pretraining_pair,
+    random_garment,
+    random_scene,
+    sample,
+    split_of,
+    vocabulary,
 )  # fmt: skip
 
 HERE = Path(__file__).parent

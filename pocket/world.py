@@ -19,8 +19,25 @@ import numpy as np
 
 from .drawing import draw
 from .specs import (
-    BACKGROUNDS, EDIT_KINDS, GARMENTS, PLACES, Edit, Garment, Rng, Scene, Spec, Thing, describe, edit, forget, holds, random_garment,
-    random_scene, sample, say, split_of,
+    BACKGROUNDS,
+    EDIT_KINDS,
+    GARMENTS,
+    PLACES,
+    Edit,
+    Garment,
+    Rng,
+    Scene,
+    Spec,
+    Thing,
+    describe,
+    edit,
+    forget,
+    holds,
+    random_garment,
+    random_scene,
+    sample,
+    say,
+    split_of,
 )  # fmt: skip
 
 MIX = dict(zip(EDIT_KINDS, (0.15, 0.25, 0.60), strict=True))  # CIRR's writers mostly describe the target
