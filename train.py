@@ -4,8 +4,8 @@
     python train.py --preset paper --blip model_base.pth --vocab vocab.txt --images cc3m/ --encoder efficientnet_b2
 
 BLIP is frozen: its v and F^v of every image are computed once and stored. The loop then trains only the query model, so that the
-sentence it speaks of an image is, for BLIP, a description of that image. Writes runs/NAME/isa.pt (the query side, all that evaluation
-needs), runs/NAME/last.pt (to resume from) and runs/NAME/log.jsonl.
+sentence it speaks of an image is, for BLIP, a description of that image. Writes runs/NAME/isa.pt (the query side, all that
+evaluation needs), runs/NAME/last.pt (to resume from) and runs/NAME/log.jsonl.
 """
 
 import os
@@ -223,10 +223,11 @@ def train(args):
     paths = find_images(args.images)
     features = image_features(blip, paths, args.cache, maps=args.loss != "gcd", skip_bad=True, precision=precision,
                               workers=args.workers, what="training images")  # fmt: skip
-    for i, why in list(features.bad.items())[:10]:
+    for why in list(features.bad.values())[:10]:
         print(f"skipped: {why}", file=sys.stderr)
     if len(features.bad) > 0.01 * len(paths) and not args.skip_bad_images:
-        raise ValueError(f"{len(features.bad)} of {len(paths)} images in {args.images} are damaged; --skip-bad-images trains all the same")
+        counts = f"{len(features.bad)} of {len(paths)} images in {args.images} are damaged"
+        raise ValueError(f"{counts}, which is more than 1 %; mend them, or train without them by --skip-bad-images")
     rows = [i for i in range(len(paths)) if i not in features.bad]
     batch = min(args.batch, len(rows))
     if batch < 2:
@@ -237,8 +238,11 @@ def train(args):
     query_model = build_query_model(settings, blip, args.pretrained).to(device).train()
     parameters = [p for p in query_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
-    first = resume(run, settings, blip.fingerprint, query_model, optimizer) if args.resume and (run / "last.pt").exists() else 0
-    print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters on the query side, {len(rows)} images, steps {first}..{steps}")
+    first = 0
+    if args.resume and (run / "last.pt").exists():
+        first = resume(run, settings, blip.fingerprint, query_model, optimizer)
+    size = sum(p.numel() for p in parameters) / 1e6
+    print(f"{size:.2f} M trained parameters on the query side, {len(rows)} images, steps {first}..{steps}")
     run.mkdir(parents=True, exist_ok=True)
 
     def checkpoint(step):
@@ -286,7 +290,8 @@ def train(args):
         bar.set_postfix({k: f"{x:.3f}" for k, x in row.items()}, refresh=False)
         if (step + 1) % 20 == 0 or step + 1 == steps:
             speed = (step + 1 - first) * batch / (time.time() - began)
-            log.write(json.dumps({"step": step + 1, "images_per_s": round(speed), **{k: round(x, 4) for k, x in row.items()}}) + "\n")
+            row = {"step": step + 1, "images_per_s": round(speed), **{k: round(x, 4) for k, x in row.items()}}
+            log.write(json.dumps(row) + "\n")
             log.flush()
         if (step + 1) % args.save_every == 0 or step + 1 == steps or stop:
             checkpoint(step + 1)

@@ -1,8 +1,8 @@
 """The pocket world on disk: training images, and composed-retrieval benchmarks in the layouts of the real ones.
 
-`python -m pocket.world --out data/pocket --seed 0` writes train/ (unlabeled images) and the validation and test sets of cirr/ (scenes,
-one target), circo/ (scenes, several targets) and fashioniq/ (garments, two captions). Beyond the official fields each query holds
-"modifier_type": one of specs.EDIT_KINDS. Unlike the real ones, the test sets hold their targets.
+`python -m pocket.world --out data/pocket --seed 0` writes train/ (unlabeled images) and the validation and test sets of cirr/
+(scenes, one target), circo/ (scenes, several targets) and fashioniq/ (garments, two captions). Beyond the official fields each
+query holds "modifier_type", one of specs.EDIT_KINDS. Unlike the real ones, the test sets hold their targets.
 
 Four sets of specs never meet: pairs for BLIP's pre-training, unlabeled images for ISA, validation, test. Which spec belongs where
 does not depend on the seed.
