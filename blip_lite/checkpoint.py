@@ -239,7 +239,7 @@ def _sha256(files):
 
 
 def _refuse_text(path):
-    """The usual impostors, by their first bytes; returns those."""
+    """ValueError for what a failed download leaves in place of weights; otherwise the file's first bytes."""
     with open(path, "rb") as file:
         head = file.read(512)
     kind = None
@@ -258,9 +258,10 @@ def _read_pickle(path):
     """torch.save's file -> dict name -> tensor. Only tensors and plain containers are unpickled: no code runs."""
     zipped = _refuse_text(path)[:4] == b"PK\x03\x04"  # since PyTorch 1.6; only this format can be memory-mapped
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch.load tells damage in many ways: EOFError, RuntimeError, KeyError, ...
-        if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):
+        wants_code = re.search("unsupported (global|class)|call reduce", str(error), re.IGNORECASE)
+        if isinstance(error, pickle.UnpicklingError) and wants_code:
             wants = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(
                 f"{path} is a pickle that wants to run code{f' ({wants[1]})' if wants else ''}, which is refused; "

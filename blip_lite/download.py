@@ -74,7 +74,6 @@ def download(url, path, sha256=None):
         bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=path.name)
         with bar, open(part, "r+b" if start else "wb") as file:
             file.seek(start)
-            file.truncate()
             while True:
                 try:
                     chunk = response.read(CHUNK)

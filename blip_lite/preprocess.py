@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms
+from PIL import Image
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # BLIP's image statistics (CLIP's), RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,9 +37,6 @@ def to_rgb(pil):
         pil = pil.transpose(turn)
     if pil.mode == "RGB":
         return pil
-    if pil.mode == "LAB":  # the one mode that convert() refuses
-        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(pil, *profiles, outputMode="RGB")
     if pil.mode == "La" or (pil.mode == "P" and "transparency" in pil.info):  # PIL wants these to go through alpha
         pil = pil.convert("LA" if pil.mode == "La" else "RGBA")
     return pil.convert("RGB")

@@ -1,6 +1,6 @@
 """Pre-train pocket BLIP from nothing on drawn pairs: image-text contrast (ITC) and image-text matching (ITM), as BLIP does.
 
-    python -m pocket.pretrain --steps 5000 --out pocket/blip.pth      # the committed weights; resumes where it was stopped
+    python -m pocket.pretrain --steps 4000 --out pocket/blip.pth      # the committed weights; resumes where it was stopped
 
 Pairs are drawn anew at every step (pocket.specs.pretraining_pair), so nothing is seen twice and no set has to be stored. What
 differs from BLIP's own recipe: no momentum encoder and no queue (a batch of 192 is large beside a world this small), no decoder
@@ -23,25 +23,15 @@ from tqdm import tqdm
 
 import blip_lite
 from blip_lite.blip import MEAN, STD
+from pocket import specs as language
 from pocket.drawing import draw
-from pocket.specs import (
-    EDIT_KINDS,
-    Rng,
-    describe,
-    edit,
-    holds,
-    pretraining_pair,
-    random_garment,
-    random_scene,
-    sample,
-    split_of,
-    vocabulary,
-)  # fmt: skip
+from pocket.specs import EARLY_MIX, EDIT_KINDS, LATE_MIX, Rng
 
 HERE = Path(__file__).parent
 SIZES = dict(image_size=64, patch_size=8, stem=True, image_width=128, image_depth=3, max_positions=64, word_dim=128, text_depth=3,
              embed_dim=64)  # fmt: skip
 WARMUP = 200  # steps
+LATE_AT = 1750  # the step from which captions also correct themselves at length
 HARD_AT = 2000  # the step from which negatives for matching are as hard as BLIP's
 
 
@@ -106,7 +96,7 @@ def validate(blip, count=1000, seed=0):
     """
     blip.eval()
     out, rng = {}, Rng(seed)
-    held_out = lambda: sample(rng, "val", rng.choice((random_scene, random_garment)))  # noqa: E731
+    held_out = lambda: language.sample(rng, "val", rng.choice((language.random_scene, language.random_garment)))  # noqa: E731
 
     def encode(texts, specs):
         with torch.autocast("cpu", torch.bfloat16):
@@ -118,10 +108,10 @@ def validate(blip, count=1000, seed=0):
 
     for name, keep in (("full", 1.0), ("partial", None)):
         specs = [held_out() for _ in range(count)]
-        texts, facts = zip(*(describe(s, rng, keep) for s in specs), strict=True)
+        texts, facts = zip(*(language.describe(s, rng, keep) for s in specs), strict=True)
         words, mask, F_v, similarity = encode(list(texts), specs)
         out[f"{name}_R@1"] = 100 * (similarity.argmax(1) == torch.arange(count)).float().mean().item()
-        true = torch.from_numpy(holds(facts, specs))
+        true = torch.from_numpy(language.holds(facts, specs))
         hard = similarity.masked_fill(true, -2).argmax(0)  # [image] -> the wrong text that looks most right
         with torch.autocast("cpu", torch.bfloat16):
             positive = blip.match(words, mask, F_v).argmax(1) == 1
@@ -130,11 +120,11 @@ def validate(blip, count=1000, seed=0):
     for kind in EDIT_KINDS:
         texts, specs = [], []
         while len(specs) < count:
-            before = rng.choice((random_scene, random_garment))(rng)
-            change = edit(before, rng, kind)
-            if split_of(change.apply(before)) == "val":
+            before = rng.choice((language.random_scene, language.random_garment))(rng)
+            change = language.edit(before, rng, kind)
+            if language.split_of(change.apply(before)) == "val":
                 specs.append(change.apply(before))
-                texts.append(f"a photo of {describe(before, rng, 1.0)[0]} that {change.text}")
+                texts.append(f"a photo of {language.describe(before, rng, 1.0)[0]} that {change.text}")
         similarity = encode(texts, specs)[-1]
         out[f"composed_{kind}_R@1"] = 100 * (similarity.argmax(1) == torch.arange(count)).float().mean().item()
     blip.train()
@@ -146,26 +136,28 @@ def learning_rate(step, steps, peak):
     return peak * min(1, (step + 1) / WARMUP, (steps - step) / (0.3 * steps))
 
 
-def batch(rng, size, tokenizer):
-    specs, captions, facts = zip(*(pretraining_pair(rng) for _ in range(size)), strict=True)
-    return to_pixels(specs), *tokenizer(list(captions)), torch.from_numpy(holds(facts, specs))
+def batch(rng, size, tokenizer, mix=EARLY_MIX):
+    """size pairs -> pixels [B, 3, 64, 64], ids and mask [B, T], true [B, B] (text i is true of image j)."""
+    specs, captions, facts = zip(*(language.pretraining_pair(rng, mix) for _ in range(size)), strict=True)
+    return to_pixels(specs), *tokenizer(list(captions)), torch.from_numpy(language.holds(facts, specs))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5000, help="the schedule's length; fewer steps mean a weaker BLIP")
+    parser.add_argument("--steps", type=int, default=4000, help="the schedule's length; fewer steps mean a weaker BLIP")
     parser.add_argument("--batch", type=int, default=192, help="pairs a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; one a process where several run side by side")
     parser.add_argument("--held-out", type=int, default=1000, help="images that the held-out figures rank")
+    parser.add_argument("--save-every", type=int, default=250, help="steps between states to resume from")
     parser.add_argument("--out", type=Path, default=HERE / "blip.pth", help="weights (fp16); OUT.state resumes, OUT.log tells")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     vocab = HERE / "vocab.txt"
     if not vocab.exists():
-        vocab.write_text("\n".join(vocabulary()) + "\n")
+        vocab.write_text("\n".join(language.vocabulary()) + "\n")
     blip = new_model(blip_lite.Tokenizer(vocab))
     decay = [p for p in blip.parameters() if p.ndim > 1]
     plain = [p for p in blip.parameters() if p.ndim <= 1]
@@ -184,7 +176,9 @@ def main():
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps)
     for step in bar:
         torch.manual_seed(args.seed * 1_000_003 + step)  # a resumed run draws the same negatives
-        pixels, ids, mask, true = batch(Rng(f"{args.seed}-{step}"), args.batch, blip.tokenizer)
+        pixels, ids, mask, true = batch(
+            Rng(f"{args.seed}-{step}"), args.batch, blip.tokenizer, LATE_MIX if step >= LATE_AT else EARLY_MIX
+        )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
         with torch.autocast("cpu", torch.bfloat16):
@@ -206,7 +200,7 @@ def main():
         optimizer.step()
         bar.set_postfix(itc=f"{itc.item():.3f}", itm=f"{itm.item():.3f}", matched=f"{accuracy.item():.2f}")
         last = step + 1 == args.steps
-        if (step + 1) % 250 == 0 or last:
+        if (step + 1) % args.save_every == 0 or last:
             temporary = Path(f"{state_file}.tmp")
             torch.save({"model": blip.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, temporary)
             os.replace(temporary, state_file)

@@ -33,7 +33,9 @@ SLEEVES = ("no", "short", "long")
 NECKLINES = ("round neck", "v neck", "square neck", "collar")
 LENGTHS = ("short", "long")
 DETAILS = ("none", "belt", "buttons", "bow", "pocket", "zip", "star", "heart")
-EDIT_KINDS = ("one", "multi", "describe")  # one change | two or three | a description of the target, as CIRR's writers do
+EDIT_KINDS = ("one", "multi", "replace", "describe")  # see `edit`
+EARLY_MIX = {"one": 3, "multi": 3, "replace": 4}  # weights of the edits in captions that correct themselves, at first ...
+LATE_MIX = {"one": 2, "multi": 2, "replace": 2, "describe": 4}  # ... and later, when the short ones are learnt
 
 Rng = random.Random
 
@@ -267,8 +269,8 @@ def _scene_change(scene: Scene, rng: Rng, what: str, index: int):
 
 
 def _scene_edit(scene: Scene, rng: Rng, kind: str) -> Edit:
-    if kind == "describe":
-        return _scene_description(scene, rng)
+    if kind in ("replace", "describe"):
+        return (_scene_replacement if kind == "replace" else _scene_description)(scene, rng)
     options = [("background", 0)] + [(w, i) for i in range(len(scene.things)) for w in ("colour", "size", "kind")]
     options += [("add", 0)] * 2 if len(scene.things) < 3 else []
     rng.shuffle(options)
@@ -283,8 +285,8 @@ def _scene_edit(scene: Scene, rng: Rng, kind: str) -> Edit:
     return Edit(kind, phrases, changes, claims)
 
 
-def _scene_description(scene: Scene, rng: Rng) -> Edit:
-    """The writer describes what the target shows: a new thing in place of an old one, often on another background."""
+def _scene_replacement(scene: Scene, rng: Rng) -> Edit:
+    """The writer describes a new thing that takes the place of an old one, often on another background."""
     index = rng.randrange(len(scene.things))
     new = Thing(_other(rng, KINDS, *(t.kind for t in scene.things)), rng.choice(list(COLOURS)))
     if rng.random() < 0.4:
@@ -300,7 +302,33 @@ def _scene_description(scene: Scene, rng: Rng) -> Edit:
         said = replace(said, things=(*said.things, Thing(kept.kind)))
     instead = rng.choice((" instead", f" instead of the {scene.things[index].kind}", ""))
     text = f"{rng.choice(('shows', 'shows', 'has'))} {say(said, rng)}{instead}"
-    return Edit("describe", (text,), tuple(changes), tuple(changes))
+    return Edit("replace", (text,), tuple(changes), tuple(changes))
+
+
+def _scene_description(scene: Scene, rng: Rng) -> Edit:
+    """The writer describes the target. Things that go unmentioned are gone; a background that goes unmentioned stays; of a
+    thing that stays ("next to the cat") only the kind is named, its looks are those of the reference."""
+    kept = rng.randrange(len(scene.things)) if rng.random() < 0.5 else None
+    old = scene.things[kept] if kept is not None else Thing()
+    count = rng.choice((1, 2)) if kept is not None else rng.choice((1, 2, 2))
+    kinds = rng.sample([k for k in KINDS if k not in {t.kind for t in scene.things}], count)
+    places = rng.sample([p for p in PLACES if p != old.place], count)
+    new = [Thing(k, rng.choice(list(COLOURS)), rng.choice(SIZES), p) for k, p in zip(kinds, places, strict=True)]
+    said = [replace(t, size=t.size if rng.random() < 0.4 else None, place=None) for t in new]
+    background = _other(rng, BACKGROUNDS, scene.background) if rng.random() < 0.5 else None
+
+    def show(things):
+        def change(scene):
+            stays = [] if kept is None else [replace(scene.things[kept], kind=old.kind)]
+            return replace(scene, things=(*stays, *things), background=background or scene.background)
+
+        return (change,)
+
+    text = f"{rng.choice(('shows', 'shows', 'has'))} {' and '.join(_noun(t) for t in said)}"
+    text += f" {rng.choice(('next to', 'with'))} the {old.kind}" if kept is not None else ""
+    text += f" {BACKGROUNDS[background]}" if background else ""
+    text += " instead" if kept is None and rng.random() < 0.5 else ""
+    return Edit("describe", (text,), show(new), show(said))
 
 
 def _garment_changes(garment: Garment, rng: Rng, count: int):
@@ -339,11 +367,12 @@ def _garment_changes(garment: Garment, rng: Rng, count: int):
 
 
 def _garment_edit(garment: Garment, rng: Rng, kind: str) -> Edit:
-    count = {"one": 1, "multi": rng.choice((2, 2, 3)), "describe": rng.choice((3, 4))}[kind]
+    several, many = rng.choice((2, 2, 3)), rng.choice((3, 4))
+    count = {"one": 1, "multi": several, "replace": many, "describe": many + 1}[kind]
     changes = _garment_changes(garment, rng, count)
     phrases = tuple(phrase for _, phrase, _, _ in changes)
     said = {k: v for *_, values in changes for k, v in values.items()}
-    if kind == "describe":
+    if kind in ("replace", "describe"):
         if "colour" not in said and said.get("second") != "none":
             said["second"] = None  # the second colour is only said after the first: "red and blue striped"
         text = f"{rng.choice(('is', 'shows', 'is'))} {say(Garment(kind=garment.kind, **said), rng)}"
@@ -352,16 +381,21 @@ def _garment_edit(garment: Garment, rng: Rng, kind: str) -> Edit:
 
 
 def edit(spec: Spec, rng: Rng, kind: str) -> Edit:
-    """A modifier of `kind` (EDIT_KINDS) for this image."""
+    """A modifier for this image, of a kind in EDIT_KINDS.
+
+    one: a single change ("is blue"). multi: two or three ("is at night and has a dog instead of the cat"). replace: one thing
+    gives way to another that is described; for a garment three or four changes told as a description. describe: most of the
+    target is new and told, as CIRR's writers mostly do; the reference says the rest.
+    """
     return (_scene_edit if isinstance(spec, Scene) else _garment_edit)(spec, rng, kind)
 
 
-def pretraining_pair(rng: Rng) -> tuple[Spec, str, Spec]:
+def pretraining_pair(rng: Rng, mix=LATE_MIX) -> tuple[Spec, str, Spec]:
     """One image of the pretrain set with its caption and the caption's facts.
 
     Six in ten captions just describe. Three in ten correct themselves ("a red cat that is blue" for a blue cat): that is
     where the frozen text encoder learns to follow a modifier, as text; ISA itself never sees a triplet. One in ten is a
-    bare statement ("is at night"). About a third begin with "a photo of".
+    bare statement ("is at night"). About a third begin with "a photo of". mix: weights of the kinds of edit.
     """
     make = rng.choice((random_scene, random_garment))
     roll = rng.random()
@@ -372,7 +406,7 @@ def pretraining_pair(rng: Rng) -> tuple[Spec, str, Spec]:
         return spec, prefix + caption, facts
     while True:
         before = make(rng)
-        change = edit(before, rng, rng.choices(EDIT_KINDS, weights=(3, 3, 4))[0])
+        change = edit(before, rng, rng.choices(list(mix), weights=mix.values())[0])
         spec = change.apply(before)
         if split_of(spec) == "pretrain":
             break
@@ -387,7 +421,7 @@ def vocabulary() -> list[str]:
     """The WordPiece vocabulary of pocket BLIP: special tokens, letters (so that any word can be spelt), the grammar's words."""
     rng, words = Rng(0), set("a photo of that picture".split())
     for _ in range(20000):
-        words |= set(pretraining_pair(rng)[1].split())
+        words |= set(pretraining_pair(rng, EARLY_MIX)[1].split())
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     return [*specials, *".,!?'-", *letters, *(f"##{c}" for c in letters), *sorted(w for w in words if len(w) > 1)]

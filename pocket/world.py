@@ -11,6 +11,7 @@ does not depend on the seed.
 import argparse
 import json
 import shutil
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,6 @@ import numpy as np
 from .drawing import draw
 from .specs import (
     BACKGROUNDS,
-    EDIT_KINDS,
     GARMENTS,
     PLACES,
     Edit,
@@ -40,7 +40,7 @@ from .specs import (
     split_of,
 )  # fmt: skip
 
-MIX = dict(zip(EDIT_KINDS, (0.15, 0.25, 0.60), strict=True))  # CIRR's writers mostly describe the target
+MIX = {"one": 0.15, "multi": 0.25, "describe": 0.60}  # CIRR's writers mostly describe the target
 FASHION_GALLERY = {"dress": 3817, "shirt": 6346, "toptee": 5373}  # FashionIQ's own sizes (validation)
 
 
@@ -56,7 +56,7 @@ def _fresh(spec: Spec, rng: Rng) -> Spec:
 def _edited(reference: Spec, rng: Rng, split: str) -> tuple[Edit, Spec]:
     """A modifier for the reference and a target that shows it, both of `split`."""
     while True:
-        change = edit(reference, rng, rng.choices(EDIT_KINDS, weights=MIX.values())[0])
+        change = edit(reference, rng, rng.choices(list(MIX), weights=MIX.values())[0])
         target = _fresh(change.apply(reference), rng)
         if split_of(target) == split and not _repeats(target):
             return change, target
@@ -188,9 +188,12 @@ def _captions(images, rng: Rng):
 def write(out, seed=0, scale=1.0, workers=2):
     """Draw the whole world into the folder `out`: train/, cirr/, circo/, fashioniq/. The same bytes for the same seed.
 
-    scale below 1 makes a smaller world for tests. The folder appears only when it is complete; what stood there is replaced.
+    scale below 1 makes a smaller world for tests. The folder appears only when it is complete; an older world there is replaced.
+    Raises ValueError for a folder that holds anything else.
     """
     out, size = Path(out), lambda n: max(4, round(n * scale))
+    if out.exists() and not (out / "world.json").exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out}: holds other things than a pocket world, which would be lost; give another --out")
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     jobs, captions = [], {"cirr": {}, "fashioniq": {}, "circo": {}}
@@ -248,7 +251,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other images of the same kind")
     parser.add_argument("--scale", type=float, default=1.0, help="size of the world; 0.02 is enough for a test")
     args = parser.parse_args()
-    write(args.out, args.seed, args.scale)
+    try:
+        write(args.out, args.seed, args.scale)
+    except (ValueError, OSError) as error:
+        sys.exit(f"pocket.world: {error}")
     print(f"{args.out}: {json.loads((Path(args.out) / 'world.json').read_text())['images']} images")
 
 

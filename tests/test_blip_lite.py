@@ -22,7 +22,8 @@ import blip_lite
 from blip_lite.checkpoint import _read_safetensors
 from blip_lite.vit import resize_position_embedding
 
-DATA = Path(os.environ.get("ISA_SHARED", Path(__file__).resolve().parents[2] / "shared" / "data"))
+SHARED = Path(os.environ.get("ISA_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+DATA = SHARED / "data" if (SHARED / "data").is_dir() else SHARED
 ROOT = Path(blip_lite.__file__).resolve().parents[1]
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase)]
 
@@ -172,9 +173,12 @@ def test_gradient_reaches_the_words_and_not_blip(small):
     pixels, ids, mask = inputs(blip)
     words = blip.embed_words(ids).clone().requires_grad_()
     v, F_v = blip.encode_image(pixels)
-    ((blip.encode_text(words, mask) * v).sum() + blip.match(words, mask, F_v)[:, 1].sum()).backward()
-    norms = words.grad.norm(dim=-1)
-    assert (norms[mask.bool()] > 0).all() and (norms[~mask.bool()] == 0).all()
+    (grad,) = torch.autograd.grad((blip.encode_text(words, mask) * v).sum(), words)
+    assert torch.equal(grad.norm(dim=-1) > 0, mask.bool())  # every token, and no padding
+    (grad,) = torch.autograd.grad(blip.match(words, mask, F_v)[:, 1].sum(), words)
+    mask[:, 0] = 0  # [ENC] has replaced this one
+    assert torch.equal(grad.norm(dim=-1) > 0, mask.bool())
+    blip.encode_text(words, mask).sum().backward()
     assert all(p.grad is None for p in blip.parameters())
 
 
@@ -192,6 +196,19 @@ def test_autocast_to_bfloat16(small):
     assert difference(logits, logits16) < 0.1 * logits.abs().max()
     (t16.sum() + logits16.sum()).backward()
     assert words.grad.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_cuda_equals_the_cpu(small):
+    cpu, cuda = blip_lite.load(small[1]), blip_lite.load(small[1], device="cuda")
+    pixels, ids, mask = inputs(cpu)
+    v, F_v = cpu.encode_image(pixels)
+    v_cuda, F_v_cuda = cuda.encode_image(pixels.cuda())
+    assert difference(v, v_cuda.cpu()) < 1e-4
+    assert all(x.is_cuda for x in cuda.tokenize(["a b"]))
+    words = cuda.embed_words(ids.cuda())
+    logits = cuda.match(words, mask.cuda(), F_v_cuda)
+    assert difference(cpu.match(cpu.embed_words(ids), mask, F_v), logits.cpu()) < 1e-3
 
 
 def test_inputs_of_a_wrong_size_are_named(small):
@@ -367,7 +384,9 @@ def test_save_and_load(either, vocab, tmp_path):
     assert {t.dtype for name, t in stored.items() if name != "temp"} == {torch.float16}
     loaded = blip_lite.load(path, vocab=vocab)
     assert_same_weights(either, loaded, tolerance=2e-3)
-    assert loaded.temperature == either.temperature
+    assert loaded.temperature == either.temperature and loaded.image_size == 32
+    pixels = inputs(loaded)[0]
+    assert difference(loaded.encode_image(pixels)[0], either.encode_image(pixels)[0]) < 0.01
     blip_lite.save(loaded, tmp_path / "again.pth")
     assert_same_weights(loaded, blip_lite.load(tmp_path / "again.pth", vocab=vocab))
     assert path.read_bytes() == (tmp_path / "again.pth").read_bytes()

@@ -187,5 +187,5 @@ def test_command_line(tmp_path, capsys):
         "http://127.0.0.1:1",
     ]
     environment = os.environ | {"no_proxy": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1 and "cannot be reached" in refused.stderr

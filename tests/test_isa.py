@@ -294,7 +294,7 @@ def test_one_string_is_not_a_list_of_modifiers(blip):
 
 
 def test_words_in_place_of_tokens_are_the_sentence_itself(blip):
-    """U made of the rows of real words gives what the whole sentence gives, position embedding and LayerNorm included."""
+    """U made of the rows of real words gives what the whole sentence gives, position and LayerNorm included."""
     U = torch.stack([rows(blip, "red", "cat", "of"), rows(blip, "blue", "dog", "##gy")])
     words, mask = isa.compose_query(blip, U, ["is not a photo", "is red"])
     ids, whole_mask = blip.tokenize(["a photo of red cat of that is not a photo", "a photo of blue doggy that is red"])

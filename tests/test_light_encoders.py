@@ -196,6 +196,17 @@ def test_pocketnet_sees_every_pixel_and_keeps_places():
     assert change[4:, :4].max() < 0.2 * change.max()
 
 
+def test_pocketnet_blocks_are_residual():
+    """A silent block hands on what it was given."""
+    encoder = liven(light_encoders.build("pocketnet"))
+    for block in (encoder.block1, encoder.block2):
+        nn.init.zeros_(block[-1][-1].weight), nn.init.zeros_(block[-1][-1].bias)  # the last BatchNorm
+    gelu, x = nn.functional.gelu, pixels(64)
+    with torch.no_grad():
+        expected = gelu(gelu(gelu(encoder.down(gelu(encoder.stem(x))))))
+        torch.testing.assert_close(encoder(x), expected)
+
+
 def test_pocketnet_weights_from_a_file(tmp_path):
     torch.manual_seed(0)
     first = liven(light_encoders.build("pocketnet"))

@@ -9,7 +9,8 @@ import pytest
 
 from blip_lite import Tokenizer
 
-DATA = Path(os.environ.get("ISA_SHARED", Path(__file__).resolve().parents[2] / "shared" / "data"))
+SHARED = Path(os.environ.get("ISA_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+DATA = SHARED / "data" if (SHARED / "data").is_dir() else SHARED
 VOCAB = DATA / "bert" / "vocab.txt"
 needs_vocab = pytest.mark.skipif(not VOCAB.is_file(), reason=f"no BERT vocabulary at {VOCAB}; set ISA_SHARED")
 

@@ -1,0 +1,93 @@
+"""What several test files share: a small pocket world on disk, pocket BLIP, and a run of train.py on that world."""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the scripts that tests start
+
+import pytest
+import torch
+
+import blip_lite
+from pocket import world
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("ISA_SHARED") or ROOT.parent / "shared")  # real annotations, where there are any
+torch.set_num_threads(1)
+
+
+@dataclass
+class Finished:
+    """A script that ended: its exit status, and what it printed. `message` is what a user reads last on stderr."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def message(self):
+        lines = self.err.splitlines()
+        assert "Traceback" not in self.err, self.err
+        return lines[-1] if lines else ""
+
+
+def run_script(*arguments, cwd, **environment):
+    """python SCRIPT ARGUMENTS in a process of its own, as a user runs it, in the folder `cwd`."""
+    command = [sys.executable, str(ROOT / str(arguments[0])), *map(str, arguments[1:])]
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900)
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def call_script(tmp_path, monkeypatch, capsys):
+    """The same in this process, which spares the seconds that `import torch` takes; the current folder is tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*arguments):
+        script, *rest = map(str, arguments)
+        monkeypatch.setattr(sys, "argv", [script, *rest])
+        capsys.readouterr()
+        status, said = 0, ""
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:  # what the interpreter makes of it: text is printed, and the status is 1
+            status, said = (1, f"{stop.code}\n") if isinstance(stop.code, str) else (stop.code or 0, "")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        captured = capsys.readouterr()
+        return Finished(status, captured.out, captured.err + said)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory):
+    """The pocket world at a fiftieth of its size: 240 training images, the three benchmarks, val and test."""
+    out = tmp_path_factory.mktemp("small") / "world"
+    world.write(out, seed=0, scale=0.02, workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def pocket_blip():
+    return blip_lite.load("pocket")
+
+
+@pytest.fixture(scope="session")
+def trained(small_world, tmp_path_factory):
+    """train.py as a user runs it: 9 steps on the small world's images -> where things are, and what it printed."""
+    cwd = tmp_path_factory.mktemp("trained")
+    options = ["--images", small_world / "train", "--epochs", 3, "--batch", 80, "--precision", "fp32", "--threads", 1]
+    done = run_script("train.py", *options, "--name", "tiny", "--cache", "features", cwd=cwd)
+    assert done.status == 0, done.err
+    run = cwd / "runs" / "tiny"
+    return SimpleNamespace(cwd=cwd, run=run, isa=run / "isa.pt", last=run / "last.pt", log=run / "log.jsonl", options=options,
+                           printed=done)  # fmt: skip

@@ -1,0 +1,237 @@
+"""blip_lite/features.py: what it stores equals what BLIP says, is never stale, and leaves nothing behind when it fails."""
+
+import os
+import shutil
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from blip_lite import features
+from blip_lite.features import image_features, open_image
+
+
+# ---------------------------------------------------------------------------------------------------- open_image
+def bomb(path):
+    """A PNG of 20,000 x 10,000 white pixels, one bit each: 25 kB on disk, 200 MB once decoded to bytes."""
+    def chunk(name, data):
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    header = (20_000).to_bytes(4, "big") + (10_000).to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
+    data = zlib.compress(b"\0" + b"\xff" * 2500, 1) if path is None else zlib.compress((b"\0" + b"\xff" * 2500) * 10_000, 9)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+
+
+def truncated(path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), np.uint8)).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:-900])
+
+
+DAMAGED = {
+    "missing": (lambda path: None, "there is no such image"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "text": (lambda path: path.write_text("<html>not found</html>"), "cannot be read as an image"),
+    "truncated": (truncated, "cannot be read as an image"),
+    "bomb": (bomb, "cannot be read as an image"),
+    "folder": (lambda path: path.mkdir(), "cannot be read as an image"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_unreadable_images_are_named_in_one_sentence(tmp_path, damage):
+    path = tmp_path / "photo.jpg"
+    make, message = DAMAGED[damage]
+    make(path)
+    with pytest.raises(ValueError) as error:
+        open_image(path)
+    text = str(error.value)
+    assert text.startswith(f"{path}: {message}") and "\n" not in text and len(text) < 400
+
+
+def test_open_image_has_decoded_all_of_it(tmp_path):
+    Image.new("RGB", (30, 20), (9, 8, 7)).save(tmp_path / "a.png")
+    image = open_image(tmp_path / "a.png")
+    (tmp_path / "a.png").unlink()
+    assert image.size == (30, 20) and image.getpixel((29, 19)) == (9, 8, 7)
+
+
+# ------------------------------------------------------------------------------------------------ image_features
+@pytest.fixture
+def images(tmp_path, small_world):
+    """Nine image files of their own that a test may spoil."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    return [shutil.copy(path, folder / path.name) for path in sorted((small_world / "train").iterdir())[:9]]
+
+
+class Counting:
+    """A BLIP that counts how many images it was given; everything else is the pocket BLIP's."""
+
+    def __init__(self, blip):
+        self.blip, self.seen = blip, 0
+
+    def __getattr__(self, name):
+        return getattr(self.blip, name)
+
+    def encode_image(self, pixels):
+        self.seen += len(pixels)
+        return self.blip.encode_image(pixels)
+
+
+@pytest.fixture
+def blip(pocket_blip):
+    return Counting(pocket_blip)
+
+
+def images_seen(blip, call):
+    """call() -> its features, and how many images it took BLIP; one is looked at for the shapes."""
+    before = blip.seen
+    return call(), max(0, blip.seen - before - 1)
+
+
+def directly(blip, paths):
+    with torch.no_grad():
+        return blip.encode_image(torch.stack([blip.preprocess(Image.open(path)) for path in paths]))
+
+
+def test_values_are_those_of_encode_image(tmp_path, blip, images):
+    found = image_features(blip, images, tmp_path / "cache", maps=True, batch_size=4, workers=0)
+    v, F_v = directly(blip, images)
+    assert found.v.dtype == np.float32 and found.F_v.dtype == np.float16 and found.bad == {}
+    assert found.F_v.shape == (9, 65, 128) and isinstance(found.F_v, np.memmap)
+    assert np.allclose(found.v, v.numpy(), atol=1e-6)
+    assert np.allclose(found.F_v, F_v.numpy(), atol=4e-3, rtol=1e-3)  # float16
+    assert np.allclose(np.linalg.norm(found.v, axis=1), 1, atol=1e-6)
+
+
+def test_order_of_files_and_workers_change_nothing(tmp_path, blip, images):
+    forward = image_features(blip, images, tmp_path / "a", batch_size=4, workers=0).v
+    backward = image_features(blip, images[::-1], tmp_path / "a", batch_size=4, workers=2).v
+    assert np.allclose(forward, backward[::-1], atol=1e-6) and not np.allclose(forward, backward, atol=1e-2)
+    v_only = image_features(blip, images, tmp_path / "a", workers=0)
+    assert v_only.F_v is None
+
+
+def test_computed_once(tmp_path, blip, images):
+    call = lambda **kw: lambda: image_features(blip, images, tmp_path / "cache", workers=0, **kw)  # noqa: E731
+    first, seen = images_seen(blip, call())
+    assert seen == 9
+    (folder,) = (tmp_path / "cache").iterdir()
+    stamps = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again, seen = images_seen(blip, call())
+    assert seen == 0 and np.array_equal(first.v, again.v)
+    assert stamps == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_whatever_differs_makes_another_cache(tmp_path, blip, images):
+    def call(paths=images, **kw):
+        return lambda: image_features(blip, paths, tmp_path / "cache", workers=0, **kw)
+
+    exact, seen = images_seen(blip, call())
+    rounded, seen = images_seen(blip, call(precision="bf16"))
+    assert seen == 9 and not np.array_equal(exact.v, rounded.v) and np.allclose(exact.v, rounded.v, atol=0.05)
+    assert images_seen(blip, call(maps=True))[1] == 9
+    assert images_seen(blip, call(images[:8]))[1] == 8
+    assert images_seen(blip, call(images[1:] + images[:1]))[1] == 9
+    other = Counting(blip.blip)
+    other.fingerprint = "another BLIP@64"
+    assert images_seen(other, lambda: image_features(other, images, tmp_path / "cache", workers=0))[1] == 9
+    for paths in (images, images[:8]):  # and the first ones are still there
+        assert images_seen(blip, call(paths))[1] == 0
+
+
+def test_a_changed_file_is_read_again(tmp_path, blip, images):
+    call = lambda: image_features(blip, images, tmp_path / "cache", workers=0)  # noqa: E731
+    before = call().v
+    stamp = os.stat(images[3])
+    Image.new("RGB", (64, 64), (200, 40, 40)).save(images[3])
+    after, seen = images_seen(blip, call)
+    assert seen == 9 and np.allclose(after.v[3:4], directly(blip, images[3:4])[0], atol=1e-6)
+    assert not np.allclose(after.v[3], before[3], atol=1e-2) and np.allclose(after.v[:3], before[:3], atol=1e-6)
+    shutil.copy(images[4], images[3])  # touched, the content as old as before: the time of change alone tells
+    os.utime(images[3], ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    assert images_seen(blip, call)[1] == 9
+
+
+def test_names_that_are_not_utf8(tmp_path, blip, images):
+    odd = os.fsdecode(os.fsencode(images[0])[:-4] + b"\xff\xfe.png")
+    os.rename(images[0], odd)
+    assert np.isfinite(image_features(blip, [odd], tmp_path / "cache", workers=0).v).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_images_are_an_error_or_named_rows_of_zeros(tmp_path, blip, images, workers):
+    open(images[2], "w").write("not an image")
+    os.remove(images[7])
+    call = lambda **kw: image_features(blip, images, tmp_path / "cache", maps=True, batch_size=4, workers=workers, **kw)  # noqa: E731
+    with pytest.raises(ValueError, match="000002.png: cannot be read"):
+        call()
+    assert list((tmp_path / "cache").iterdir()) == []  # nothing half-written
+    found = call(skip_bad=True)
+    assert set(found.bad) == {2, 7} and "000002.png: cannot be read" in found.bad[2] and "no such image" in found.bad[7]
+    assert not found.v[[2, 7]].any() and not found.F_v[[2, 7]].any()
+    good = [0, 1, 3, 4, 5, 6, 8]
+    assert np.allclose(found.v[good], directly(blip, [images[i] for i in good])[0], atol=1e-6)
+    again, seen = images_seen(blip, lambda: call(skip_bad=True))
+    assert seen == 0 and again.bad == found.bad
+    with pytest.raises(ValueError, match="000002.png: cannot be read"):  # the stored rows of zeros are not handed out
+        call()
+
+
+def test_a_whole_batch_of_bad_images(tmp_path, blip, images):
+    for path in images[:4]:
+        open(path, "w").close()
+    found = image_features(blip, images, tmp_path / "cache", skip_bad=True, batch_size=4, workers=0)
+    assert set(found.bad) == {0, 1, 2, 3} and found.v[4:].any(axis=1).all()
+
+
+def test_refuses_when_the_disk_is_too_small(tmp_path, blip, images, monkeypatch, capsys):
+    need = 9 * (4 * 64 + 2 * 65 * 128)  # v in float32, F^v in float16
+    for free, enough in ((need * 1.01, False), (need * 1.10, True)):
+        monkeypatch.setattr(features.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        if enough:
+            image_features(blip, images, tmp_path / "cache", maps=True, workers=0, what="things")
+            assert f"storing v and F^v of 9 things: {need / 1e9:.2f} GB" in capsys.readouterr().out
+        else:
+            with pytest.raises(ValueError, match="GB free; choose another --cache"):
+                image_features(blip, images, tmp_path / "cache", maps=True, workers=0)
+            assert list((tmp_path / "cache").iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_nothing_is_left_when_it_is_interrupted(tmp_path, blip, images):
+    def encode(pixels, calls=[]):  # noqa: B006
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return blip.blip.encode_image(pixels)
+
+    blip.encode_image = encode
+    with pytest.raises(KeyboardInterrupt):
+        image_features(blip, images, tmp_path / "cache", maps=True, batch_size=4, workers=0)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------ precision
+@pytest.mark.parametrize("faster, picked", [(1.2, "fp32"), (2.0, "bf16")])
+def test_precision_is_the_clearly_faster_one(monkeypatch, faster, picked):
+    clock, durations = [0.0], iter([1.0] * 6 + [1.0 / faster] * 6)
+
+    def now(started=[False]):  # noqa: B006
+        if started[0]:
+            clock[0] += next(durations) * 0.1
+        started[0] = not started[0]
+        return clock[0]
+
+    monkeypatch.setattr(features.time, "perf_counter", now)
+    assert features.pick_precision("cpu") == picked
+
+
+def test_autocast():
+    a = torch.ones(2, 2)
+    with features.autocast("cpu", "bf16"):
+        assert (a @ a).dtype == torch.bfloat16
+    with features.autocast("cpu", "fp32"):
+        assert (a @ a).dtype == torch.float32
