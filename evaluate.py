@@ -30,6 +30,7 @@ import isa
 import light_encoders
 from blip_lite.features import autocast, image_features, load_images, open_image, pick_precision
 from pocket import world
+from pocket.specs import EDIT_KINDS
 from train import load_query_model
 
 POCKET_DATA = "data/pocket"
@@ -197,7 +198,7 @@ def table(args):
         rows = {}
         for method, seeds in methods.items():
             rows[method] = {"all": summarize([benchmarks.average([r for r, _ in parts]) for parts in seeds.values()])}
-            for kind in (k for k in world.EDIT_KINDS if all(k in by_kind for _, by_kind in seeds[0])):
+            for kind in (k for k in EDIT_KINDS if all(k in by_kind for _, by_kind in seeds[0])):
                 rows[method][kind] = summarize([benchmarks.average([k[kind] for _, k in parts]) for parts in seeds.values()])
         report["results"][name] = rows
         print_table(name, rows, args)
@@ -214,7 +215,7 @@ HEADLINE = {"cirr": "R@1", "fashioniq": "R@10", "circo": "mAP@5"}  # the metric 
 def print_table(name, rows, args):
     """Rows {method: {"all" or a kind: {metric: [mean, spread]}}} as text."""
     metrics = [m for m in next(iter(rows.values()))["all"] if m[:2] != "Rs" and not (name == "circo" and m[0] == "R")]
-    kinds = [k for k in world.EDIT_KINDS if k in next(iter(rows.values()))]
+    kinds = [k for k in EDIT_KINDS if k in next(iter(rows.values()))]
     titles = [*metrics, *(f"{HEADLINE[name]} {kind}" for kind in kinds)]
     spread = len(args.checkpoint) > 1
     seeds = f", isa: mean ± standard deviation of {len(args.checkpoint)} seeds" if spread else ""

@@ -79,11 +79,18 @@ def parse_args(argv=None):
     preset = p.parse_known_args(argv)[0].preset
     p.set_defaults(**PRESETS[preset])
     args = p.parse_args(argv)
-    for name, least in (("epochs", 1), ("batch", 2), ("tokens", 1), ("save_every", 1)):
+    for name, least in (("epochs", 1), ("batch", 2), ("tokens", 1), ("save_every", 1), ("randaugment", 0), ("threads", 0),
+                        ("workers", 0), ("weight_decay", 0)):  # fmt: skip
         if getattr(args, name) < least:
             p.error(f"--{name.replace('_', '-')} has to be at least {least}, not {getattr(args, name)}")
     if args.lr <= 0 or not math.isfinite(args.lr) or not 0 < args.crop <= 1:
         p.error(f"--lr has to be positive and --crop in (0, 1], not {args.lr} and {args.crop}")
+    if args.randaugment > 30:
+        p.error(f"--randaugment has to be at most 30, not {args.randaugment}")
+    try:
+        torch.device(args.device)
+    except RuntimeError:
+        p.error(f"--device has to be cpu or cuda, not {args.device}")
     for name in ("blip", "images"):
         if getattr(args, name) is None:
             p.error(f"--preset {preset} needs --{name}")
@@ -150,12 +157,15 @@ class AugmentedImages(ImageFiles):
     """(epoch, i) -> (i, pixels of image i as the query model sees it in that epoch): a pure function of seed, epoch and i."""
 
     def __init__(self, paths, encoder, args):
-        super().__init__(paths, lambda pil: light_encoders.preprocess(encoder, self.augment(blip_lite.to_rgb(pil))))
-        size = encoder.image_size
-        steps = [transforms.RandomResizedCrop(size, (args.crop, 1), interpolation=transforms.InterpolationMode.BICUBIC)]
+        super().__init__(paths, self.prepare)
+        self.size, self.normalization = encoder.image_size, encoder.normalization
+        steps = [transforms.RandomResizedCrop(self.size, (args.crop, 1), interpolation=transforms.InterpolationMode.BICUBIC)]
         steps += [transforms.RandomHorizontalFlip()] if args.flip else []
         steps += [NeutralRandAugment(num_ops=2, magnitude=args.randaugment)] if args.randaugment else []
         self.augment, self.seed = transforms.Compose(steps), args.seed
+
+    def prepare(self, pil):
+        return blip_lite.to_pixels(self.augment(blip_lite.to_rgb(pil)), self.size, *self.normalization)
 
     def __getitem__(self, epoch_and_row):
         epoch, i = epoch_and_row
@@ -171,6 +181,11 @@ def batches(rows, batch, seed, first_step, steps):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(hash((seed, epoch))))
         for b in range(first_step % per_epoch if epoch == first_step // per_epoch else 0, per_epoch):
             yield [(epoch, rows[j]) for j in order[b * batch : (b + 1) * batch].tolist()]
+
+
+def leave_ctrl_c_to_the_loop(worker):
+    """A loader's process gets Ctrl-C too, but the step in hand still wants its images."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def learning_rate(step, steps, peak):
@@ -256,7 +271,7 @@ def train(args):
     loader = torch.utils.data.DataLoader(
         AugmentedImages(paths, query_model.encoder, args), num_workers=args.workers, pin_memory=device.type == "cuda",
         batch_sampler=list(batches(rows, batch, args.seed, first, steps)),
-        worker_init_fn=lambda _: [signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT,)],
+        worker_init_fn=leave_ctrl_c_to_the_loop,
     )  # fmt: skip
     bar = tqdm(loader, total=steps, initial=first, desc="training", disable=None)
     log, began = (run / "log.jsonl").open("a"), time.time()
@@ -273,15 +288,15 @@ def train(args):
             t = blip.encode_text(words, mask)  # [B, E]
         gcd = isa.global_contrastive_distillation(v, t, blip.temperature)
         lar, matched = torch.zeros((), device=device), float("nan")
-        if args.loss != "gcd":
+        if args.loss != "gcd" and torch.isfinite(gcd):
             F_v = torch.from_numpy(features.F_v[index]).to(device).float()  # [B, 1+N, D]
             with autocast(device, precision):
                 lar, logits, labels = isa.local_alignment_regularization(blip, words, mask, F_v, v, t, return_logits=True)
             matched = (logits.argmax(1) == labels).float().mean().item()
         loss = {"gcd+lar": gcd + lar, "gcd": gcd, "lar": lar}[args.loss]  # Eq. 8
 
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at step {step}; lower --lr and --resume from {run}/last.pt")
+        if not torch.isfinite(gcd + lar):
+            raise ValueError(f"the loss is {(gcd + lar).item()} at step {step}; lower --lr and start anew (--overwrite or another --name)")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

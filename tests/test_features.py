@@ -16,12 +16,13 @@ from blip_lite.features import image_features, open_image
 
 # ---------------------------------------------------------------------------------------------------- open_image
 def bomb(path):
-    """A PNG of 20,000 x 10,000 white pixels, one bit each: 25 kB on disk, 200 MB once decoded to bytes."""
+    """A PNG of 20,000 x 10,000 white pixels: a few kB on disk, 200 MB once decoded to bytes."""
+
     def chunk(name, data):
         return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
 
     header = (20_000).to_bytes(4, "big") + (10_000).to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
-    data = zlib.compress(b"\0" + b"\xff" * 2500, 1) if path is None else zlib.compress((b"\0" + b"\xff" * 2500) * 10_000, 9)
+    data = zlib.compress((b"\0" + b"\xff" * 2500) * 10_000)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b""))
 
 
@@ -146,19 +147,21 @@ def test_whatever_differs_makes_another_cache(tmp_path, blip, images):
 def test_a_changed_file_is_read_again(tmp_path, blip, images):
     call = lambda: image_features(blip, images, tmp_path / "cache", workers=0)  # noqa: E731
     before = call().v
-    stamp = os.stat(images[3])
     Image.new("RGB", (64, 64), (200, 40, 40)).save(images[3])
     after, seen = images_seen(blip, call)
     assert seen == 9 and np.allclose(after.v[3:4], directly(blip, images[3:4])[0], atol=1e-6)
     assert not np.allclose(after.v[3], before[3], atol=1e-2) and np.allclose(after.v[:3], before[:3], atol=1e-6)
-    shutil.copy(images[4], images[3])  # touched, the content as old as before: the time of change alone tells
-    os.utime(images[3], ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    stamp = os.stat(images[3])
+    os.utime(images[3], ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1000))  # the time of change alone tells
     assert images_seen(blip, call)[1] == 9
 
 
 def test_names_that_are_not_utf8(tmp_path, blip, images):
     odd = os.fsdecode(os.fsencode(images[0])[:-4] + b"\xff\xfe.png")
-    os.rename(images[0], odd)
+    try:
+        os.rename(images[0], odd)
+    except OSError:
+        pytest.skip("this file system knows UTF-8 names only")
     assert np.isfinite(image_features(blip, [odd], tmp_path / "cache", workers=0).v).all()
 
 

@@ -128,6 +128,23 @@ def test_files_that_are_no_state_dict(content, tmp_path):
         light_encoders.build("pocketnet", path)
 
 
+class Payload:
+    """Unpickled without care, it makes the file `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_that_wants_to_run_code_does_not(tmp_path):
+    torch.save({"stem": Payload(tmp_path / "made")}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="which is refused"):
+        light_encoders.build("pocketnet", tmp_path / "x.pth")
+    assert not (tmp_path / "made").exists()
+
+
 def test_paths_that_cannot_be_read(tmp_path):
     for path in (tmp_path / "missing.pth", tmp_path):
         with pytest.raises(ValueError, match=f"{path} cannot be read"):
