@@ -31,8 +31,8 @@ from blip_lite.features import ImageFiles, autocast, image_features, pick_precis
 from pocket import world
 
 PRESETS = {
-    "pocket": dict(blip="pocket", images="data/pocket/train", encoder="pocketnet", image_size=None, epochs=12, batch=256,
-                   lr=1e-3, crop=0.8, flip=False, randaugment=0, name="pocket"),
+    "pocket": dict(blip="pocket", images="data/pocket/train", encoder="pocketnet", image_size=None, epochs=5, batch=256,
+                   lr=2e-3, crop=1.0, flip=False, randaugment=0, name="pocket"),
     "paper": dict(blip=None, images=None, encoder="efficientnet_b2", image_size=224, epochs=20, batch=320, lr=3e-4, crop=0.5,
                   flip=True, randaugment=5, name="paper", pretrained="imagenet"),
 }  # fmt: skip
@@ -204,7 +204,7 @@ def save(checkpoint, path):
     os.replace(temporary, path)
 
 
-def resume(run, settings, fingerprint, query_model, optimizer):
+def resume(run, settings, fingerprint, images, query_model, optimizer):
     """Load runs/NAME/last.pt into the model and the optimizer -> the next step. Raises ValueError where settings differ."""
     checkpoint = read_checkpoint(run / "last.pt")
     for name in settings.keys() - MAY_CHANGE:
@@ -215,6 +215,8 @@ def resume(run, settings, fingerprint, query_model, optimizer):
             )
     if checkpoint["blip"] != fingerprint:
         raise ValueError(f"{run}/last.pt was trained against BLIP {checkpoint['blip']}, not {fingerprint}; give the same --blip")
+    if checkpoint["images"] != images:
+        raise ValueError(f"{run}/last.pt was trained on {checkpoint['images']} images, not {images}; give the same --images")
     query_model.load_state_dict(checkpoint["query_model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["step"]
@@ -243,6 +245,8 @@ def train(args):
     if len(features.bad) > 0.01 * len(paths) and not args.skip_bad_images:
         counts = f"{len(features.bad)} of {len(paths)} images in {args.images} are damaged"
         raise ValueError(f"{counts}, which is more than 1 %; mend them, or train without them by --skip-bad-images")
+    if features.bad:
+        print(f"{len(features.bad)} of {len(paths)} images are damaged and left out", file=sys.stderr)
     rows = [i for i in range(len(paths)) if i not in features.bad]
     batch = min(args.batch, len(rows))
     if batch < 2:
@@ -255,13 +259,14 @@ def train(args):
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     first = 0
     if args.resume and (run / "last.pt").exists():
-        first = resume(run, settings, blip.fingerprint, query_model, optimizer)
+        first = resume(run, settings, blip.fingerprint, len(rows), query_model, optimizer)
     size = sum(p.numel() for p in parameters) / 1e6
     print(f"{size:.2f} M trained parameters on the query side, {len(rows)} images, steps {first}..{steps}")
     run.mkdir(parents=True, exist_ok=True)
 
     def checkpoint(step):
-        state = {"query_model": query_model.state_dict(), "settings": settings, "blip": blip.fingerprint, "step": step}
+        state = {"query_model": query_model.state_dict(), "settings": settings, "blip": blip.fingerprint, "images": len(rows),
+                 "step": step}  # fmt: skip
         save({**state, "optimizer": optimizer.state_dict()}, run / "last.pt")
         save(state, run / "isa.pt")
 
@@ -270,11 +275,14 @@ def train(args):
         signal.signal(number, lambda *_: stop.append(True))
     loader = torch.utils.data.DataLoader(
         AugmentedImages(paths, query_model.encoder, args), num_workers=args.workers, pin_memory=device.type == "cuda",
-        batch_sampler=list(batches(rows, batch, args.seed, first, steps)),
+        batch_sampler=batches(rows, batch, args.seed, first, steps),
         worker_init_fn=leave_ctrl_c_to_the_loop,
     )  # fmt: skip
     bar = tqdm(loader, total=steps, initial=first, desc="training", disable=None)
-    log, began = (run / "log.jsonl").open("a"), time.time()
+    log_file = run / "log.jsonl"
+    logged = log_file.read_text().splitlines(keepends=True) if first and log_file.exists() else []
+    log, began = log_file.open("w"), time.time()
+    log.writelines(line for line in logged if json.loads(line)["step"] <= first)  # what a killed run did after it is done again
     for step, (index, pixels) in enumerate(bar, start=first):
         torch.manual_seed(args.seed * 1_000_003 + step)  # LAR's negatives
         for group in optimizer.param_groups:
@@ -296,15 +304,15 @@ def train(args):
         loss = {"gcd+lar": gcd + lar, "gcd": gcd, "lar": lar}[args.loss]  # Eq. 8
 
         if not torch.isfinite(gcd + lar):
-            raise ValueError(f"the loss is {(gcd + lar).item()} at step {step}; lower --lr and start anew (--overwrite or another --name)")
+            raise ValueError(f"the loss is {(gcd + lar).item()} at step {step}; lower --lr and start anew with --overwrite")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
         row = {"loss": loss.item(), "gcd": gcd.item(), "lar": lar.item(), "matched": matched}
-        bar.set_postfix({k: f"{x:.3f}" for k, x in row.items()}, refresh=False)
+        speed = (step + 1 - first) * batch / (time.time() - began)
+        bar.set_postfix({k: f"{x:.3f}" for k, x in row.items()} | {"img/s": round(speed)}, refresh=False)
         if (step + 1) % 20 == 0 or step + 1 == steps:
-            speed = (step + 1 - first) * batch / (time.time() - began)
             row = {"step": step + 1, "images_per_s": round(speed), **{k: round(x, 4) for k, x in row.items()}}
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -317,6 +325,7 @@ def train(args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: features that are half done are removed
     try:
         train(parse_args())
     except (ValueError, OSError) as error:

@@ -103,9 +103,10 @@ def _key(blip, paths, maps, precision):
     for path in paths:
         try:
             stat = os.stat(path)
-            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            line = f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
         except OSError:
-            digest.update(f"{path}\0missing\n".encode())
+            line = f"{path}\0missing\n"
+        digest.update(line.encode(errors="surrogateescape"))  # a file's name may be any bytes
     return digest.hexdigest()[:16]
 
 

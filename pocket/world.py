@@ -198,7 +198,7 @@ def write(out, seed=0, scale=1.0, workers=2):
     shutil.rmtree(draft, ignore_errors=True)
     jobs, captions = [], {"cirr": {}, "fashioniq": {}, "circo": {}}
     rng = Rng(f"train {seed}")
-    for i in range(size(12000)):
+    for i in range(size(24000)):
         make = (random_scene, random_garment)[i % 2]
         jobs.append((draft / f"train/{i:06d}.png", sample(rng, "unlabeled", make)))
     for split, (folder, official) in {"val": ("dev", "val"), "test": ("test1", "test1")}.items():

@@ -130,7 +130,7 @@ def test_randaugment_keeps_what_colour_words_mean():
         found = np.asarray(augment(Image.fromarray(picture)))
         colours, counts = np.unique(found.reshape(-1, 3), axis=0, return_counts=True)
         strange = sum(count for colour, count in zip(colours.tolist(), counts, strict=True) if tuple(colour) not in allowed)
-        assert strange <= 2 * 64 * 2  # sharpness overshoots along the one edge
+        assert strange < 0.15 * 64 * 64  # sharpness overshoots along edges
         changed += not np.array_equal(found, picture)
     assert changed > 100
     kept = set(augment._augmentation_space(31, (64, 64)))
@@ -155,16 +155,17 @@ def test_presets_are_the_papers_and_can_be_overridden():
     args = train.parse_args(["--batch", "7", "--preset", "paper", "--blip", "x", "--images", "y", "--no-pretrained"])
     assert args.batch == 7 and args.pretrained is None and args.epochs == 20
     args = train.parse_args([])
-    assert (args.blip, args.images, args.encoder, args.tokens, args.name) == ("pocket", "data/pocket/train", "pocketnet", 6, "pocket")
+    assert (args.blip, args.images, args.encoder, args.tokens) == ("pocket", "data/pocket/train", "pocketnet", 6)
 
 
 @pytest.mark.parametrize("options, named", [
     (["--batchsize", "8"], "--batchsize"), (["--epoch", "3"], "--epoch"), (["stray"], "stray"), (["--batch", "1"], "--batch"),
     (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "fast"], "--lr"), (["--epochs", "0"], "--epochs"),
-    (["--crop", "0"], "--crop"), (["--crop", "1.5"], "--crop"), (["--encoder", "resnet"], "--encoder"), (["--tokens", "0"], "--tokens"),
-    (["--loss", "lar+"], "--loss"), (["--save-every", "0"], "--save-every"), (["--preset", "paper"], "--blip"),
-    (["--preset", "paper", "--blip", "x"], "--images"), (["--randaugment", "31"], "--randaugment"), (["--threads", "-1"], "--threads"),
-    (["--randaugment", "-1"], "--randaugment"), (["--workers", "-2"], "--workers"), (["--device", "abacus"], "--device"),
+    (["--crop", "0"], "--crop"), (["--crop", "1.5"], "--crop"), (["--encoder", "resnet"], "--encoder"),
+    (["--tokens", "0"], "--tokens"), (["--loss", "lar+"], "--loss"), (["--save-every", "0"], "--save-every"),
+    (["--preset", "paper"], "--blip"), (["--preset", "paper", "--blip", "x"], "--images"), (["--threads", "-1"], "--threads"),
+    (["--randaugment", "31"], "--randaugment"), (["--randaugment", "-1"], "--randaugment"),
+    (["--workers", "-2"], "--workers"), (["--device", "abacus"], "--device"),
     (["--weight-decay", "-1"], "--weight-decay"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")  # fmt: skip
 def test_wrong_options_are_usage_errors(options, named, capsys):
@@ -178,7 +179,8 @@ def test_usage_and_failure_have_their_exit_status(tmp_path):
     usage = run_script("train.py", "--unknown-option", cwd=tmp_path)
     assert usage.status == 2 and "--unknown-option" in usage.message
     failure = run_script("train.py", "--images", "nowhere", cwd=tmp_path)
-    assert failure.status == 1 and failure.err == "train.py: nowhere: there is no such folder; give a folder of images with --images\n"
+    assert failure.status == 1
+    assert failure.err == "train.py: nowhere: there is no such folder; give a folder of images with --images\n"
     assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
 
 
@@ -251,7 +253,7 @@ def test_a_run_writes_its_checkpoints_and_its_log(trained, pocket_blip):
 
 def test_isa_pt_holds_the_query_side_alone(trained, pocket_blip):
     checkpoint = torch.load(trained.isa, weights_only=True)
-    assert set(checkpoint) == {"query_model", "settings", "blip", "step"}
+    assert set(checkpoint) == {"query_model", "settings", "blip", "images", "step"}
     tensors = checkpoint["query_model"]
     assert {name.split(".")[0] for name in tensors} == {"encoder", "mapper"}
     encoder = light_encoders.build("pocketnet")
@@ -287,10 +289,10 @@ def test_workers_change_nothing(here):
 
 def test_training_learns(here):
     """Eight images until they are known by heart: the loss falls far below that of guessing, ln 8 + H(1/3)."""
-    run = here("learns", "--epochs", 20, "--crop", 1, "--lr", "2e-3")
+    run = here("learns", "--epochs", 14, "--crop", 1, "--lr", "2e-3")
     losses = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     guessing = math.log(8) + math.log(3) - 2 / 3 * math.log(2)
-    assert [row["step"] for row in losses] == [20, 40, 60]
+    assert [row["step"] for row in losses] == [20, 40, 42]
     assert losses[-1]["loss"] < 0.6 * guessing and losses[-1]["gcd"] < 0.6 * math.log(8) and losses[-1]["gcd"] < losses[0]["gcd"]
 
 
@@ -332,16 +334,16 @@ def test_sigterm_ends_after_the_step_and_resume_gives_the_same_weights(here, cap
 
 def test_killed_between_checkpoints(here):
     """Steps after the last checkpoint are done again, with the same result; the log tells each step once."""
-    options = ["--epochs", 14, "--save-every", 15]
+    options = ["--epochs", 8, "--save-every", 15, "--loss", "gcd"]
     whole = here("whole", *options)
-    with at_step(29, killed), pytest.raises(MemoryError):
+    with at_step(23, killed), pytest.raises(MemoryError):
         here("parts", *options)
     run = whole.parent / "parts"
     assert torch.load(run / "last.pt", weights_only=True)["step"] == 15
     here("parts", *options, "--resume")
     assert same(weights(run), weights(whole))
     steps = [[json.loads(line)["step"] for line in (r / "log.jsonl").read_text().splitlines()] for r in (run, whole)]
-    assert steps == [[20, 40, 42]] * 2
+    assert steps == [[20, 24]] * 2
 
 
 def test_resume_of_a_finished_run_changes_nothing(here):
@@ -539,7 +541,7 @@ def test_failures_are_one_line(call_script, images, tmp_path, options, parts):
     (tmp_path / "text.pth").write_text("text")
     common = ["--precision", "fp32", "--workers", 0] + ([] if "--images" in options else ["--images", images])
     one_line(call_script("train.py", *common, *options), *parts)
-    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.*"))
+    assert not list(tmp_path.glob("runs/*/*.pt"))
 
 
 def spoil(folder, count, images):
@@ -554,7 +556,8 @@ def test_many_damaged_images_fail_unless_skipped(call_script, images, tmp_path):
     spoil(tmp_path / "photos", 3, images)
     options = ["--images", "photos", "--batch", 8, "--epochs", 1, "--precision", "fp32", "--workers", 0, "--name", "a"]
     failed = call_script("train.py", *options)
-    assert failed.status == 1 and failed.message.startswith("train.py: 3 of 27 images in photos are damaged; --skip-bad-images")
+    assert failed.status == 1 and failed.message.startswith("train.py: 3 of 27 images in photos are damaged")
+    assert "--skip-bad-images" in failed.message
     assert all(f"photos/bad{i}.png: " in failed.err for i in range(3)) and not (tmp_path / "runs").exists()
     done = call_script("train.py", *options, "--skip-bad-images")
     assert done.status == 0 and all(f"photos/bad{i}.png: " in done.err for i in range(3)) and "24 images, steps 0..3" in done.out
