@@ -7,12 +7,10 @@
     python evaluate.py check --benchmark cirr --data data/cirr                                      # is everything there?
 """
 
-import os
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch is imported: huge pages, a third less time on a CPU
-
 import argparse
 import json
+import os
+import signal
 import statistics
 import sys
 from functools import partial
@@ -89,12 +87,6 @@ class Setting:
 
     def __init__(self, blip, benchmark, args, precision):
         self.blip, self.benchmark, self.precision, self.workers = blip, benchmark, precision, args.workers
-        missing = benchmarks.missing_images(benchmark)
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {len(benchmark.paths)} images of {benchmark.name} are missing, the first is "
-                f"{benchmark.paths[missing[0]]}; `python evaluate.py check` shows the expected tree"
-            )
         extra = {query.reference for query in benchmark.queries} - set(benchmark.gallery)
         self.names = [*benchmark.gallery, *sorted(extra)]
         self.place = {name: i for i, name in enumerate(self.names)}
@@ -110,7 +102,8 @@ class Setting:
 
     def captions(self):
         """{name: a full caption} where the data set has captions.json beside its annotations (the pocket world), else None."""
-        path = self.benchmark.paths[self.names[0]].parents[2 if self.benchmark.name != "fashioniq" else 1] / "captions.json"
+        image = self.benchmark.paths[self.names[0]].absolute()
+        path = image.parents[1 if self.benchmark.name == "fashioniq" else 2] / "captions.json"
         return json.loads(path.read_text()) if path.exists() else None
 
     def query_features(self, method, query_model=None, prompt="a photo of"):
@@ -150,9 +143,19 @@ class Setting:
         return benchmarks.rank(self.benchmark, q, self.gallery, k), subsets
 
 
+def require_images(benchmark):
+    """ValueError where image files are missing, before any model is loaded: a gallery is never silently smaller."""
+    missing = benchmarks.missing_images(benchmark)
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(benchmark.paths)} images of {benchmark.name} are missing, the first is "
+            f"{benchmark.paths[missing[0]]}; `python evaluate.py check` shows the expected tree"
+        )
+
+
 # ---------------------------------------------------------------------------------------------- table
 def open_benchmarks(args):
-    """The benchmarks that the options ask for; the pocket world is drawn first where it is missing."""
+    """The benchmarks that the options ask for, complete; the pocket world is drawn first where it is missing."""
     if args.data is None:
         world.ensure(POCKET_DATA)
     names = ("cirr", "fashioniq", "circo") if args.benchmark == "all" else (args.benchmark,)
@@ -163,6 +166,12 @@ def open_benchmarks(args):
         official = "test1" if name == "cirr" and split == "test" else split
         categories = benchmarks.CATEGORIES if name == "fashioniq" else (None,)
         loaded += [benchmarks.load(name, root, official, category) for category in categories]
+    for benchmark in loaded:
+        require_images(benchmark)
+        if not benchmark.queries[0].targets:
+            raise ValueError(
+                f"{benchmark.name} {benchmark.split} has no ground truth; `python evaluate.py submit` writes what its server scores"
+            )
     return loaded
 
 
@@ -173,7 +182,7 @@ def summarize(results):
 
 
 def table(args):
-    device = torch.device(args.device)
+    device, opened = torch.device(args.device), open_benchmarks(args)
     blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=device)
     precision = pick_precision(device) if args.precision == "auto" else args.precision
     models = [load_query_model(path, blip) for path in args.checkpoint] if "isa" in args.methods else []
@@ -181,7 +190,7 @@ def table(args):
     report = {"settings": {**settings, "precision": precision, "blip_fingerprint": blip.fingerprint}, "results": {}}
     picture = None
     scores = {}  # benchmark -> method -> [seed][category] -> (metrics, metrics by kind)
-    for benchmark in open_benchmarks(args):
+    for benchmark in opened:
         setting = Setting(blip, benchmark, args, precision)
         for method in tqdm(args.methods, desc=f"{benchmark.name} {benchmark.category or ''}", leave=False, disable=None):
             runs = models if method == "isa" else [(None, {"prompt": "a photo of"})]
@@ -205,7 +214,10 @@ def table(args):
     write_json(args.json, report)
     print(f"\nwrote {args.json}")
     if picture is not None:
-        picture.save(args.picture)
+        path = Path(args.picture)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path.with_name(f".{path.name}"))  # a hidden name until it is complete
+        os.replace(path.with_name(f".{path.name}"), path)
         print(f"wrote {args.picture}: query, modifier, the five best; framed = the target")
 
 
@@ -230,7 +242,8 @@ def print_table(name, rows, args):
 def draw_picture(setting, rankings, count=6, top=5, side=96):
     """The first queries of each type: reference, modifier, best images; a frame marks the targets. -> PIL image."""
     benchmark = setting.benchmark
-    chosen = sorted(benchmark.queries, key=lambda q: (len(q.captions[0]) > 44, benchmark.queries.index(q) % 97))[:count]
+    order = sorted(range(len(benchmark.queries)), key=lambda i: (len(benchmark.queries[i].captions[0]) > 44, i % 97))
+    chosen = [benchmark.queries[i] for i in order[:count]]
     sheet = Image.new("RGB", (side * (top + 4) + 8, (side + 8) * count + 8), "white")
     pen = ImageDraw.Draw(sheet)
     for line, query in enumerate(chosen):
@@ -286,12 +299,14 @@ def score(args):
 
 
 def submit(args):
-    device = torch.device(args.device)
+    device, parts = torch.device(args.device), annotated(args)
+    for benchmark in parts:
+        require_images(benchmark)
     blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=device)
     precision = pick_precision(device) if args.precision == "auto" else args.precision
     model, trained = load_query_model(args.checkpoint, blip)
     document, subset_document = {}, {}
-    for benchmark in annotated(args):
+    for benchmark in parts:
         setting = Setting(blip, benchmark, args, precision)
         rankings, subsets = setting.rank(setting.query_features("isa", model, trained["prompt"]))
         document |= benchmarks.predictions(benchmark, rankings)
@@ -369,11 +384,19 @@ def parse_args(argv=None):
 
     p = command("check", check, "compare a folder with the layout that is expected", True)
     p.add_argument("--splits", nargs="+", default=["val"])
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if getattr(args, "workers", 0) < 0:
+        parser.error(f"--workers has to be at least 0, not {args.workers}")
+    try:
+        torch.device(getattr(args, "device", "cpu"))
+    except RuntimeError:
+        parser.error(f"--device has to be cpu or cuda, not {args.device}")
+    return args
 
 
 if __name__ == "__main__":
     arguments = parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: features that are half done are removed
     try:
         arguments.run(arguments)
     except (ValueError, OSError) as error:

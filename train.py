@@ -8,13 +8,10 @@ sentence it speaks of an image is, for BLIP, a description of that image. Writes
 evaluation needs), runs/NAME/last.pt (to resume from) and runs/NAME/log.jsonl.
 """
 
-import os
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch is imported: huge pages, a third less time on a CPU
-
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -159,7 +156,8 @@ class AugmentedImages(ImageFiles):
     def __init__(self, paths, encoder, args):
         super().__init__(paths, self.prepare)
         self.size, self.normalization = encoder.image_size, encoder.normalization
-        steps = [transforms.RandomResizedCrop(self.size, (args.crop, 1), interpolation=transforms.InterpolationMode.BICUBIC)]
+        bicubic = transforms.InterpolationMode.BICUBIC
+        steps = [transforms.RandomResizedCrop(self.size, (args.crop, 1), interpolation=bicubic)] if args.crop < 1 else []
         steps += [transforms.RandomHorizontalFlip()] if args.flip else []
         steps += [NeutralRandAugment(num_ops=2, magnitude=args.randaugment)] if args.randaugment else []
         self.augment, self.seed = transforms.Compose(steps), args.seed
@@ -183,9 +181,10 @@ def batches(rows, batch, seed, first_step, steps):
             yield [(epoch, rows[j]) for j in order[b * batch : (b + 1) * batch].tolist()]
 
 
-def leave_ctrl_c_to_the_loop(worker):
-    """A loader's process gets Ctrl-C too, but the step in hand still wants its images."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals_to_the_loop(worker):
+    """Ctrl-C and often SIGTERM go to all processes of a run, but the step in hand still wants its images."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def learning_rate(step, steps, peak):
@@ -276,7 +275,7 @@ def train(args):
     loader = torch.utils.data.DataLoader(
         AugmentedImages(paths, query_model.encoder, args), num_workers=args.workers, pin_memory=device.type == "cuda",
         batch_sampler=batches(rows, batch, args.seed, first, steps),
-        worker_init_fn=leave_ctrl_c_to_the_loop,
+        worker_init_fn=leave_signals_to_the_loop,
     )  # fmt: skip
     bar = tqdm(loader, total=steps, initial=first, desc="training", disable=None)
     log_file = run / "log.jsonl"

@@ -14,12 +14,15 @@ import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
+
+from .preprocess import MEAN, STD, to_pixels
 
 
 @dataclass
@@ -132,7 +135,8 @@ def _compute(blip, paths, folder, maps, skip_bad, precision, batch_size, workers
         F_v = np.lib.format.open_memmap(draft / "F_v.npy", "w+", np.float16, shape) if maps else None
         bad = {}
         with tqdm(total=len(paths), desc=f"encoding {what}", unit="img", disable=None) as bar:
-            for rows in load_images(paths, blip.preprocess, batch_size, workers):
+            preprocess = partial(to_pixels, image_size=blip.image_size, mean=MEAN, std=STD)  # blip.preprocess without blip:
+            for rows in load_images(paths, preprocess, batch_size, workers):  # workers need no copy of the weights
                 bad.update({i: why for i, why in rows if isinstance(why, str)})
                 if bad and not skip_bad:
                     raise ValueError(next(iter(bad.values())))

@@ -1,6 +1,7 @@
 """evaluate.py and baselines.py: their numbers against ones computed here from pixels and words; files against the protocol."""
 
 import json
+import re
 import shutil
 import statistics
 from types import SimpleNamespace
@@ -82,7 +83,7 @@ def made_up(row, text):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_encode_queries_averages_both_orders_and_keeps_the_order(batch_size):
-    captions = [["is much longer than the others"], ["b"], ["is red", "has a very long sleeve"], ["dd", "is e"], [""], ["is blue", "x"]]
+    captions = [["is much longer than the others"], ["b"], ["is red", "has a long sleeve"], ["dd", "is e"], [""], ["is blue", "x"]]
     queries, asked = [Query(str(i), "r", texts, []) for i, texts in enumerate(captions)], []
 
     def encode(rows, texts):
@@ -155,8 +156,7 @@ def test_table_is_complete(table, trained, second, pocket_blip):
         for parts in methods.values():
             assert {"all", "describe"} <= set(parts) and set(parts["all"]) == wanted[name]
             assert all(0 <= mean <= 100 and spread >= 0 for metrics in parts.values() for mean, spread in metrics.values())
-        for title in ("cirr (test), percent", "fashioniq (test), percent", "circo (test), percent", "standard deviation of 2 seeds"):
-            assert title in table.printed.out
+        assert f"{name} (test), percent, isa: mean ± standard deviation of 2 seeds" in table.printed.out
     row = next(line for line in table.printed.out.splitlines() if line.startswith("text "))
     assert row.split()[1] == f"{results['cirr']['text']['all']['R@1'][0]:.2f}"
     assert table.printed.err == ""
@@ -199,8 +199,9 @@ def test_table_of_cirr_from_scratch(table, cirr, trained, second, pocket_blip, s
         assert set(results) == set(table.report["results"]["cirr"][method])
         for kind, metrics in results.items():
             for metric, values in metrics.items():
+                found = table.report["results"]["cirr"][method][kind][metric]
                 wanted = [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0]
-                assert table.report["results"]["cirr"][method][kind][metric] == pytest.approx(wanted, abs=1e-9), (method, kind, metric)
+                assert found == pytest.approx(wanted, abs=1e-9), (method, kind, metric)
 
 
 def test_table_of_fashioniq_averages_the_categories(table, small_world, pocket_blip):
@@ -229,9 +230,10 @@ def test_picture_shows_queries_and_what_was_found(table, cirr):
 
 
 def isa_table(call_script, small_world, checkpoint, *options):
-    done = call_script("evaluate.py", "table", "--data", small_world, "--checkpoint", checkpoint, "--methods", "isa", *PLAIN,
-                       "--json", "t.json", *options)  # fmt: skip
+    run = ["evaluate.py", "table", "--data", small_world, "--checkpoint", checkpoint, "--methods", "isa", *PLAIN, *options]
+    done = call_script(*run, "--json", "t.json")
     assert done.status == 0, done.err
+    assert Image.open("runs/retrieved.png").width > 600
     return done
 
 
@@ -240,8 +242,8 @@ def test_gallery_is_encoded_once(table, call_script, small_world, trained, tmp_p
     done = isa_table(call_script, small_world, trained.isa, "--cache", table.cwd / "cache")
     assert "storing" not in done.out
     stored = sorted(path.name for path in (table.cwd / "cache").iterdir())
-    done = isa_table(call_script, small_world, trained.isa, "--cache", table.cwd / "cache", "--precision", "bf16", "--benchmark", "cirr",
-                     "--data", small_world / "cirr")  # fmt: skip
+    options = ["--precision", "bf16", "--benchmark", "cirr", "--data", small_world / "cirr"]
+    done = isa_table(call_script, small_world, trained.isa, "--cache", table.cwd / "cache", *options)
     assert done.out.count("storing v of") == 1 and len(list((table.cwd / "cache").iterdir())) == len(stored) + 1
     assert list(json.loads((tmp_path / "t.json").read_text())["results"]) == ["cirr"]
 
@@ -309,7 +311,8 @@ def perfect(name, root, split):
         for category in ("dress", "shirt", "toptee"):
             gallery = json.loads((root / "image_splits" / f"split.{category}.{split}.json").read_text())[:60]
             entries = json.loads((root / "captions" / f"cap.{category}.{split}.json").read_text())
-            document[category] = {str(i): [e["target"], *(x for x in gallery if x != e["target"])][:50] for i, e in enumerate(entries)}
+            targets = [entry["target"] for entry in entries]
+            document[category] = {str(i): [target, *(x for x in gallery if x != target)][:50] for i, target in enumerate(targets)}
     return document, subset
 
 
@@ -320,8 +323,8 @@ def score_perfect(call_script, name, root, split, folder):
     more = ["--subset", "s.json"] if name == "cirr" else []
     done = call_script("evaluate.py", "score", "--benchmark", name, "--data", root, "--split", split, "p.json", *more)
     assert done.status == 0, done.err
-    numbers = [float(word) for line in done.out.splitlines() for word in line.split() if word.replace(".", "").isdigit() and "." in word]
-    assert set(numbers) == {100.0} and len(numbers) >= 8
+    numbers = re.findall(r" (\d+\.\d\d)\b", done.out)
+    assert set(numbers) == {"100.00"} and len(numbers) >= 8
     return done
 
 
@@ -342,7 +345,7 @@ def test_perfect_predictions_on_the_real_annotations(call_script, tmp_path, name
 def test_one_real_query_wrong(call_script, tmp_path):
     """CIRR val has 4181 queries: one target at place 6 costs 100 / 4181 at R@1 and R@5."""
     document, _ = perfect("cirr", SHARED / "data" / "cirr", "val")
-    names = document["12063"] if "12063" in document else document[list(document)[2]]
+    names = document[list(document)[2]]  # the first entry after "version" and "metric"
     names.insert(5, names.pop(0))
     (tmp_path / "p.json").write_text(json.dumps(document))
     done = call_script("evaluate.py", "score", "--benchmark", "cirr", "--data", SHARED / "data" / "cirr", "p.json")
@@ -354,9 +357,6 @@ def test_score_works_as_a_process_without_images(small_world, tmp_path):
     (tmp_path / "p.json").write_text(json.dumps(perfect("circo", tmp_path / "circo", "val")[0]))
     done = run_script("evaluate.py", "score", "--benchmark", "circo", "--data", "circo", "p.json", cwd=tmp_path)
     assert done.status == 0 and "mAP@50 100.00" in done.out and done.err == ""
-    (tmp_path / "p.json").write_text("{}")
-    done = run_script("evaluate.py", "score", "--benchmark", "circo", "--data", "circo", "p.json", cwd=tmp_path)
-    assert done.status == 1 and done.err.startswith("evaluate.py: p.json: ") and done.err.count("\n") == 1 and done.out == ""
 
 
 def one_line(finished, *parts):
@@ -366,10 +366,11 @@ def one_line(finished, *parts):
 
 
 @pytest.mark.parametrize("spoil, part", [
-    (lambda d: d.pop("10000"), "1 queries are missing (first: 10000)"), (lambda d: d.update({"77": ["x"]}), "not in this split (first: 77)"),
-    (lambda d: d["10000"].append(d["10000"][0]), "repeats a name"), (lambda d: d["10000"].append("dev-9"), "'dev-9' is not among"),
-    (lambda d: d.update({"10000": []}), "is empty"), (lambda d: d.update({"metric": "recall_subset"}), '"metric" should be "recall"'),
-    (lambda d: d.update({"10000": "dev-0-0-img0"}), "expected list"), (lambda d: d.clear(), '"version" should be'),
+    (lambda d: d.pop("10000"), "1 queries are missing (first: 10000)"), (lambda d: d["10000"].append("dev-9"), "'dev-9' is not"),
+    (lambda d: d.update({"77": ["x"]}), "not in this split (first: 77)"), (lambda d: d.update({"10000": []}), "is empty"),
+    (lambda d: d["10000"].append(d["10000"][0]), "repeats a name"), (lambda d: d.clear(), '"version" should be'),
+    (lambda d: d.update({"metric": "recall_subset"}), '"metric" should be "recall"'),
+    (lambda d: d.update({"10000": "dev-0-0-img0"}), "expected list"),
 ], ids=range(8))  # fmt: skip
 def test_wrong_prediction_files_are_refused(call_script, small_world, tmp_path, spoil, part):
     document, _ = perfect("cirr", small_world / "cirr", "val")
@@ -384,7 +385,7 @@ def test_files_that_are_none(call_script, small_world, tmp_path):
     for content in ("", "[1, 2]", '{"a": 1', '{"version": "rc2", "version": "rc2"}'):
         (tmp_path / "p.json").write_text(content)
         one_line(call_script(*score, "p.json"), "p.json")
-    one_line(call_script(*score[:-1], tmp_path, "p.json"), "cap.rc2.val.json is missing")
+    one_line(call_script(*score[:-1], tmp_path, "p.json"), "split.rc2.val.json is missing")
 
 
 @real
@@ -392,7 +393,8 @@ def test_a_split_without_targets_cannot_be_scored(call_script, tmp_path):
     root = SHARED / "data" / "cirr"
     gallery = list(json.loads((root / "image_splits" / "split.rc2.test1.json").read_text()))[:50]
     entries = json.loads((root / "captions" / "cap.rc2.test1.json").read_text())
-    (tmp_path / "p.json").write_text(json.dumps({"version": "rc2", "metric": "recall"} | {str(e["pairid"]): gallery for e in entries}))
+    document = {"version": "rc2", "metric": "recall"} | {str(entry["pairid"]): gallery for entry in entries}
+    (tmp_path / "p.json").write_text(json.dumps(document))
     done = call_script("evaluate.py", "score", "--benchmark", "cirr", "--data", root, "--split", "test1", "p.json")
     one_line(done, "no ground truth", "submission")
 
@@ -458,7 +460,7 @@ def test_a_table_needs_targets(call_script, broken, trained, monkeypatch):
 @pytest.mark.parametrize("options, part", [
     (["--checkpoint", "none.pt"], "none.pt: there is no such file"), (["--checkpoint", "text.pt"], "text.pt: is damaged"),
     (["--blip", "none.pth"], "none.pth: there is no such file"), (["--image-size", 96], "was trained against BLIP"),
-    (["--split", "../val"], "is not a plain file name"), (["--split", "none"], "cap.rc2.none.json is missing"),
+    (["--split", "../val"], "is not a plain file name"), (["--split", "none"], "split.rc2.none.json is missing"),
     (["--data", "nowhere"], "is missing"), (["--picture", "text.pt/x.png"], "text.pt"),
 ], ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")  # fmt: skip
 def test_failures_are_one_line(call_script, table, small_world, trained, tmp_path, options, part):
@@ -486,4 +488,5 @@ def test_paths_relative_to_the_current_folder(call_script, small_world, trained,
     done = call_script("evaluate.py", "table", "--benchmark", "cirr", "--data", ".", "--checkpoint", trained.isa, *PLAIN,
                        "--methods", "image", "target caption")  # fmt: skip
     assert done.status == 0, done.err
-    assert list(json.loads((tmp_path / "runs" / "table.json").read_text())["results"]["cirr"]) == ["image"]  # it has no captions.json
+    found = json.loads((tmp_path / "runs" / "table.json").read_text())["results"]["cirr"]
+    assert list(found) == ["image"]  # without captions.json the ceilings are left out

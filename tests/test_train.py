@@ -101,9 +101,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row(images):
 def test_without_augmentation_the_pixels_are_those_of_preprocess(images):
     data = augmented(images, crop=1.0, flip=False, randaugment=0)
     encoder = light_encoders.build("pocketnet")
-    data.augment.transforms[0].ratio = (1.0, 1.0)
     for row in range(3):
-        assert torch.allclose(data[0, row][1], light_encoders.preprocess(encoder, Image.open(data.paths[row])), atol=0.02)
+        assert torch.equal(data[0, row][1], light_encoders.preprocess(encoder, Image.open(data.paths[row])))
 
 
 def test_augmented_images_reach_workers_that_are_not_forked(images):
@@ -175,9 +174,7 @@ def test_wrong_options_are_usage_errors(options, named, capsys):
     assert stop.value.code == 2 and "error:" in lines[-1] and named in lines[-1]
 
 
-def test_usage_and_failure_have_their_exit_status(tmp_path):
-    usage = run_script("train.py", "--unknown-option", cwd=tmp_path)
-    assert usage.status == 2 and "--unknown-option" in usage.message
+def test_a_failure_is_one_line_and_status_1(tmp_path):
     failure = run_script("train.py", "--images", "nowhere", cwd=tmp_path)
     assert failure.status == 1
     assert failure.err == "train.py: nowhere: there is no such folder; give a folder of images with --images\n"
@@ -197,7 +194,8 @@ def here(images, cache, tmp_path, monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(name, *options, folder=images):
-        common = ["--images", folder, "--cache", cache, "--batch", 8, "--epochs", 2, "--precision", "fp32", "--workers", 0]
+        common = ["--images", folder, "--cache", cache, "--precision", "fp32", "--workers", 0]
+        common += ["--batch", 8, "--epochs", 2, "--lr", 1e-3, "--crop", 0.8]
         try:
             train.train(train.parse_args([str(x) for x in (*common, "--name", name, *options)]))
         finally:
@@ -241,13 +239,13 @@ def killed(*_):
 
 def test_a_run_writes_its_checkpoints_and_its_log(trained, pocket_blip):
     assert sorted(path.name for path in trained.run.iterdir()) == ["isa.pt", "last.pt", "log.jsonl"]
-    assert "batch=80" in trained.printed.out and "seed=0" in trained.printed.out  # the resolved settings
+    assert "batch=40" in trained.printed.out and "seed=0" in trained.printed.out  # the resolved settings
     (row,) = map(json.loads, trained.log.read_text().splitlines())
-    assert row["step"] == 9 and row["loss"] == pytest.approx(row["gcd"] + row["lar"], abs=2e-4) and 0 <= row["matched"] <= 1
+    assert row["step"] == 4 and row["loss"] == pytest.approx(row["gcd"] + row["lar"], abs=2e-4) and 0 <= row["matched"] <= 1
     assert math.isfinite(row["loss"]) and row["images_per_s"] > 0
     checkpoint, last = (torch.load(path, weights_only=True) for path in (trained.isa, trained.last))
-    assert checkpoint["step"] == last["step"] == 9 and checkpoint["blip"] == pocket_blip.fingerprint
-    assert checkpoint["settings"]["batch"] == 80 and checkpoint["settings"]["precision"] == "fp32"
+    assert checkpoint["step"] == last["step"] == 4 and checkpoint["blip"] == pocket_blip.fingerprint
+    assert checkpoint["settings"]["batch"] == 40 and checkpoint["settings"]["precision"] == "fp32"
     assert same(checkpoint["query_model"], last["query_model"])
 
 
@@ -288,7 +286,7 @@ def test_workers_change_nothing(here):
 
 
 def test_training_learns(here):
-    """Eight images until they are known by heart: the loss falls far below that of guessing, ln 8 + H(1/3)."""
+    """24 images until they are known by heart: the loss falls far below that of guessing, ln 8 + H(1/3)."""
     run = here("learns", "--epochs", 14, "--crop", 1, "--lr", "2e-3")
     losses = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     guessing = math.log(8) + math.log(3) - 2 / 3 * math.log(2)
@@ -334,7 +332,7 @@ def test_sigterm_ends_after_the_step_and_resume_gives_the_same_weights(here, cap
 
 def test_killed_between_checkpoints(here):
     """Steps after the last checkpoint are done again, with the same result; the log tells each step once."""
-    options = ["--epochs", 8, "--save-every", 15, "--loss", "gcd"]
+    options = ["--batch", 2, "--save-every", 15, "--loss", "gcd"]  # 24 steps
     whole = here("whole", *options)
     with at_step(23, killed), pytest.raises(MemoryError):
         here("parts", *options)
@@ -473,14 +471,14 @@ def poll(condition, seconds=120):
 def test_real_signals_to_the_whole_process_group(trained, tmp_path, number):
     """As Ctrl-C and `timeout` do: the workers get the signal too."""
     command = [sys.executable, ROOT / "train.py", *trained.options, "--name", "a", "--cache", trained.cwd / "features"]
-    command = [str(x) for x in (*command, "--batch", 20, "--save-every", 3)]  # 36 steps
+    command = [str(x) for x in (*command, "--epochs", 3, "--batch", 20, "--save-every", 3)]  # 24 steps
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
     poll((tmp_path / "runs" / "a" / "last.pt").exists)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=120)
     step = torch.load(tmp_path / "runs" / "a" / "last.pt", weights_only=True)["step"]
-    assert 0 < step < 36
+    assert 0 < step < 24
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL and step % 3 == 0
     else:
@@ -493,14 +491,21 @@ def test_real_signals_to_the_whole_process_group(trained, tmp_path, number):
     assert not [path for path in tmp_path.rglob("*.tmp")]
 
 
+def holds_features(path):
+    try:
+        return np.load(path, mmap_mode="r").any()
+    except ValueError:  # not even its header is written
+        return False
+
+
 @pytest.mark.slow
 def test_sigterm_while_features_are_computed_leaves_no_draft(small_world, tmp_path):
     command = [sys.executable, ROOT / "train.py", "--images", small_world / "train", "--threads", 1, "--precision", "fp32"]
     process = subprocess.Popen([str(x) for x in command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    poll(lambda: list(tmp_path.glob("cache/*.tmp")))
+    poll(lambda: any(holds_features(path) for path in tmp_path.glob("cache/*.tmp/v.npy")))
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    assert process.returncode not in (0, None) and "Traceback" not in err
+    assert process.returncode == 1 and err == "train.py: interrupted before the first step; nothing was written\n"
     assert list((tmp_path / "cache").iterdir()) == [] and not (tmp_path / "runs").exists()
 
 
