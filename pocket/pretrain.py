@@ -208,7 +208,8 @@ def main():
             with log_file.open("a") as log:
                 log.write(json.dumps(row) + "\n")
             tqdm.write(json.dumps(row))
-            blip.temp.data.clamp_(0.02, 0.5)  # what the loss used; below the floor no gradient reaches it
+            if last:
+                blip.temp.data.clamp_(0.02, 0.5)  # as the loss used it; below the floor no gradient reaches it
             blip_lite.save(blip, args.out)
 
 
