@@ -28,7 +28,7 @@ from blip_lite.features import ImageFiles, autocast, image_features, pick_precis
 from pocket import world
 
 PRESETS = {
-    "pocket": dict(blip="pocket", images="data/pocket/train", encoder="pocketnet", image_size=None, epochs=5, batch=256,
+    "pocket": dict(blip="pocket", images="data/pocket/train", encoder="pocketnet", image_size=None, epochs=4, batch=256,
                    lr=2e-3, crop=1.0, flip=False, randaugment=0, name="pocket"),
     "paper": dict(blip=None, images=None, encoder="efficientnet_b2", image_size=224, epochs=20, batch=320, lr=3e-4, crop=0.5,
                   flip=True, randaugment=5, name="paper", pretrained="imagenet"),
