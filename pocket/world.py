@@ -196,42 +196,47 @@ def write(out, seed=0, scale=1.0, workers=2):
         raise ValueError(f"{out}: holds other things than a pocket world, which would be lost; give another --out")
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    jobs, captions = [], {"cirr": {}, "fashioniq": {}, "circo": {}}
-    rng = Rng(f"train {seed}")
-    for i in range(size(24000)):
-        make = (random_scene, random_garment)[i % 2]
-        jobs.append((draft / f"train/{i:06d}.png", sample(rng, "unlabeled", make)))
-    for split, (folder, official) in {"val": ("dev", "val"), "test": ("test1", "test1")}.items():
-        rng = Rng(f"cirr {split} {seed}")
-        images, entries = make_cirr(rng, split, size(384))
-        captions["cirr"] |= _captions(images, rng)
-        jobs += [(draft / f"cirr/img_raw/{folder}/{name}.png", spec) for name, spec in images.items()]
-        _write_json(draft / f"cirr/captions/cap.rc2.{official}.json", entries)
-        paths = {name: f"./{folder}/{name}.png" for name in images}
-        _write_json(draft / f"cirr/image_splits/split.rc2.{official}.json", paths)
-        for category in GARMENTS:
-            rng = Rng(f"fashioniq {split} {category} {seed}")
-            images, entries = make_fashioniq(rng, split, category, size(700), size(FASHION_GALLERY[category]))
-            captions["fashioniq"] |= _captions(images, rng)
-            jobs += [(draft / f"fashioniq/images/{name}.png", spec) for name, spec in images.items()]
-            _write_json(draft / f"fashioniq/captions/cap.{category}.{split}.json", entries)
-            _write_json(draft / f"fashioniq/image_splits/split.{category}.{split}.json", list(images))
-    rng = Rng(f"circo {seed}")
-    images, entries = make_circo(rng, {"val": size(600), "test": size(600)}, size(1000))
-    captions["circo"] |= _captions(images, rng)
-    gallery = draft / "circo/COCO2017_unlabeled"
-    jobs += [(gallery / f"unlabeled2017/{name:012d}.jpg", spec) for name, spec in images.items()]
-    info = [{"id": name, "file_name": f"{name:012d}.jpg"} for name in images]
-    _write_json(gallery / "annotations/image_info_unlabeled2017.json", {"images": info})
-    for split in entries:
-        _write_json(draft / f"circo/annotations/{split}.json", entries[split])
-    for name, texts in captions.items():
-        _write_json(draft / name / "captions.json", texts)
-    for folder in {path.parent for path, _ in jobs}:
-        folder.mkdir(parents=True, exist_ok=True)
+    captions = {"cirr": {}, "fashioniq": {}, "circo": {}}
     with ProcessPoolExecutor(workers) as pool:
-        list(pool.map(_save, [jobs[i::16] for i in range(16)]))
-    _write_json(draft / "world.json", {"seed": seed, "scale": scale, "images": len(jobs)})
+        drawing = []
+
+        def save(folder, images):  # the workers draw while the next part is thought up here
+            folder.mkdir(parents=True, exist_ok=True)
+            jobs = [(folder / name, spec) for name, spec in images.items()]
+            drawing.extend(pool.submit(_save, jobs[i::4]) for i in range(4))
+            return len(jobs)
+
+        rng, makers = Rng(f"train {seed}"), (random_scene, random_garment)
+        count = save(draft / "train", {f"{i:06d}.png": sample(rng, "unlabeled", makers[i % 2]) for i in range(size(24000))})
+        for split, (folder, official) in {"val": ("dev", "val"), "test": ("test1", "test1")}.items():
+            rng = Rng(f"cirr {split} {seed}")
+            images, entries = make_cirr(rng, split, size(384))
+            captions["cirr"] |= _captions(images, rng)
+            count += save(draft / f"cirr/img_raw/{folder}", {f"{name}.png": spec for name, spec in images.items()})
+            _write_json(draft / f"cirr/captions/cap.rc2.{official}.json", entries)
+            paths = {name: f"./{folder}/{name}.png" for name in images}
+            _write_json(draft / f"cirr/image_splits/split.rc2.{official}.json", paths)
+            for category in GARMENTS:
+                rng = Rng(f"fashioniq {split} {category} {seed}")
+                images, entries = make_fashioniq(rng, split, category, size(700), size(FASHION_GALLERY[category]))
+                captions["fashioniq"] |= _captions(images, rng)
+                count += save(draft / "fashioniq/images", {f"{name}.png": spec for name, spec in images.items()})
+                _write_json(draft / f"fashioniq/captions/cap.{category}.{split}.json", entries)
+                _write_json(draft / f"fashioniq/image_splits/split.{category}.{split}.json", list(images))
+        rng = Rng(f"circo {seed}")
+        images, entries = make_circo(rng, {"val": size(600), "test": size(600)}, size(1000))
+        captions["circo"] |= _captions(images, rng)
+        gallery = draft / "circo/COCO2017_unlabeled"
+        count += save(gallery / "unlabeled2017", {f"{name:012d}.jpg": spec for name, spec in images.items()})
+        info = [{"id": name, "file_name": f"{name:012d}.jpg"} for name in images]
+        _write_json(gallery / "annotations/image_info_unlabeled2017.json", {"images": info})
+        for split in entries:
+            _write_json(draft / f"circo/annotations/{split}.json", entries[split])
+        for name, texts in captions.items():
+            _write_json(draft / name / "captions.json", texts)
+        for part in drawing:
+            part.result()
+    _write_json(draft / "world.json", {"seed": seed, "scale": scale, "images": count})
     shutil.rmtree(out, ignore_errors=True)
     draft.rename(out)
 
