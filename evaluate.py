@@ -299,9 +299,10 @@ def score(args):
 
 
 def submit(args):
-    device, parts = torch.device(args.device), annotated(args)
+    device, parts, out = torch.device(args.device), annotated(args), Path(args.out)
     for benchmark in parts:
         require_images(benchmark)
+    out.parent.mkdir(parents=True, exist_ok=True)  # now: a gallery may take hours to encode
     blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=device)
     precision = pick_precision(device) if args.precision == "auto" else args.precision
     model, trained = load_query_model(args.checkpoint, blip)
@@ -312,7 +313,6 @@ def submit(args):
         document |= benchmarks.predictions(benchmark, rankings)
         if subsets is not None:
             subset_document = benchmarks.predictions(benchmark, subsets, "recall_subset")
-    out = Path(args.out)
     benchmarks.write_predictions(out, document)
     print(f"wrote {out}")
     if subset_document:

@@ -19,7 +19,8 @@ import blip_lite
 from pocket import world
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ.get("ISA_SHARED") or ROOT.parent / "shared")  # real annotations, where there are any
+SHARED = Path(os.environ.get("ISA_SHARED") or ROOT.parent / "shared")
+DATA = SHARED / "data" if (SHARED / "data").is_dir() else SHARED  # the real annotations, where there are any
 torch.set_num_threads(1)
 
 

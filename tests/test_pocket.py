@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import DATA, ROOT
 from PIL import Image
 
 import benchmarks
@@ -515,7 +515,7 @@ def test_full_size(monkeypatch, tmp_path):
         assert len(circo.queries) > 400 and 5000 < len(circo.gallery) < 12000
         assert 2 < np.mean([len(query.targets) for query in circo.queries]) < 10
     for category, size in world.FASHION_GALLERY.items():
-        real = SHARED / "data" / "fashioniq" / "image_splits" / f"split.{category}.val.json"
+        real = DATA / "fashioniq" / "image_splits" / f"split.{category}.val.json"
         assert not real.exists() or len(json.loads(real.read_text())) == size
 
 
