@@ -227,9 +227,9 @@ def train(args):
         raise ValueError(f"{run} already holds a training; go on with --resume, replace it with --overwrite or give another --name")
     if args.threads:
         torch.set_num_threads(args.threads)
+    blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=device)
     if args.images == PRESETS["pocket"]["images"]:
         world.ensure(Path(args.images).parent)
-    blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=device)
     precision = pick_precision(device) if args.precision == "auto" else args.precision
     if args.resume and (run / "last.pt").exists() and args.precision == "auto":
         precision = read_checkpoint(run / "last.pt")["settings"]["precision"]
