@@ -150,8 +150,9 @@ def local_alignment_regularization(blip, words, mask, F_v, v, t, return_logits=F
     if len(words) < 2:
         raise ValueError("local alignment regularization needs a batch of at least two images to find a wrong pair")
     hard_image, hard_sentence = sample_hard_negatives(v, t, blip.temperature)
+    wrong_words = words.index_select(0, hard_sentence)  # unlike words[...], its gradient is summed in a fixed order
     logits = blip.match(
-        torch.cat([words, words, words[hard_sentence]]),  # [3B, T, d_w]
+        torch.cat([words, words, wrong_words]),  # [3B, T, d_w]
         torch.cat([mask, mask, mask[hard_sentence]]),
         torch.cat([F_v, F_v[hard_image], F_v]),
     )

@@ -486,3 +486,30 @@ def test_bfloat16_autocast(blip):
     torch.testing.assert_close(rough, exact, rtol=0, atol=0.1)
     rough.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_lar_gradient_is_the_same_to_the_bit_with_several_threads():
+    """Many images share a hard sentence, whose gradients are then added up: in a fixed order, or a resumed run would drift."""
+    generator = torch.Generator().manual_seed(0)
+    words, F_v = torch.randn(256, 11, 128, generator=generator), torch.randn(256, 11, 128, generator=generator)
+    v, t = torch.ones(256, 4) / 2, torch.nn.functional.normalize(torch.randn(256, 4, generator=generator), dim=-1)
+    mask = torch.ones(256, 11, dtype=torch.int64)
+
+    class Matcher:
+        temperature = 0.02
+
+        def match(self, words, mask, F_v):
+            return torch.stack([torch.zeros(len(words)), (words * F_v).sum((1, 2)) / 40], dim=1)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = []
+        for _ in range(20):
+            torch.manual_seed(0)
+            leaf = words.clone().requires_grad_(True)
+            isa.local_alignment_regularization(Matcher(), leaf, mask, F_v, v, t).backward()
+            gradients.append(leaf.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradients[0], g) for g in gradients[1:])
