@@ -153,6 +153,12 @@ def require_images(benchmark):
         )
 
 
+def open_blip(args):
+    """The frozen BLIP that the options name, and the precision ("bf16" or "fp32") to run it in."""
+    blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=args.device)
+    return blip, pick_precision(args.device) if args.precision == "auto" else args.precision
+
+
 # ---------------------------------------------------------------------------------------------- table
 def open_benchmarks(args):
     """The benchmarks that the options ask for, complete; the pocket world is drawn first where it is missing."""
@@ -182,9 +188,8 @@ def summarize(results):
 
 
 def table(args):
-    device, opened = torch.device(args.device), open_benchmarks(args)
-    blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=device)
-    precision = pick_precision(device) if args.precision == "auto" else args.precision
+    opened = open_benchmarks(args)
+    blip, precision = open_blip(args)
     models = [load_query_model(path, blip) for path in args.checkpoint] if "isa" in args.methods else []
     settings = {k: v for k, v in vars(args).items() if isinstance(v, str | int | float | list | None)}
     report = {"settings": {**settings, "precision": precision, "blip_fingerprint": blip.fingerprint}, "results": {}}
@@ -299,12 +304,11 @@ def score(args):
 
 
 def submit(args):
-    device, parts, out = torch.device(args.device), annotated(args), Path(args.out)
+    parts, out = annotated(args), Path(args.out)
     for benchmark in parts:
         require_images(benchmark)
     out.parent.mkdir(parents=True, exist_ok=True)  # now: a gallery may take hours to encode
-    blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=device)
-    precision = pick_precision(device) if args.precision == "auto" else args.precision
+    blip, precision = open_blip(args)
     model, trained = load_query_model(args.checkpoint, blip)
     document, subset_document = {}, {}
     for benchmark in parts:
