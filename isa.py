@@ -150,13 +150,12 @@ def local_alignment_regularization(blip, words, mask, F_v, v, t, return_logits=F
     if len(words) < 2:
         raise ValueError("local alignment regularization needs a batch of at least two images to find a wrong pair")
     hard_image, hard_sentence = sample_hard_negatives(v, t, blip.temperature)
-    wrong_words = words.index_select(0, hard_sentence)  # unlike words[...], its gradient is summed in a fixed order
-    logits = blip.match(
-        torch.cat([words, words, wrong_words]),  # [3B, T, d_w]
-        torch.cat([mask, mask, mask[hard_sentence]]),
-        torch.cat([F_v, F_v[hard_image], F_v]),
-    )
-    labels = torch.cat([mask.new_ones(len(words)), mask.new_zeros(2 * len(words))])
+    own = torch.arange(len(words), device=words.device)
+    sentence = torch.cat([own, own, hard_sentence])  # [3B]: all three kinds of pairs in one pass,
+    image = torch.cat([own, hard_image, own])  # over B images: match projects each F^v to keys and values only once
+    # index_select: unlike that of words[sentence], its gradient is summed in a fixed order
+    logits = blip.match(words.index_select(0, sentence), mask[sentence], F_v, image)
+    labels = (sentence == image).long()  # a hard partner is never the own one
     loss = F.cross_entropy(logits, labels)
     return (loss, logits, labels) if return_logits else loss
 

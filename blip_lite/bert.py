@@ -59,8 +59,10 @@ class Attention(nn.Module):
         self.self = Projections(width, source_width)
         self.output = Residual(width, width)
 
-    def forward(self, x, source, mask=None):
+    def forward(self, x, source, mask=None, rows=None):
         q, k, v = self.self.query(x), self.self.key(source), self.self.value(source)
+        if rows is not None:
+            k, v = k[rows], v[rows]  # [B, S, d] from [M, S, d]
         return self.output(attention(q, k, v, mask), x)
 
 
@@ -81,10 +83,10 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(width)
         self.output = Residual(4 * width, width)
 
-    def forward(self, x, mask, image_tokens=None):
-        x = self.attention(x, x, mask)
+    def forward(self, x, mask, image_tokens=None, rows=None, n=None):
+        x = self.attention(x[:, :n], x, mask)  # the first n tokens go on, None = all
         if image_tokens is not None:
-            x = self.crossattention(x, image_tokens)  # every image token may be attended to
+            x = self.crossattention(x, image_tokens, rows=rows)  # every image token may be attended to
         return self.output(self.intermediate(x), x)
 
 
@@ -95,10 +97,13 @@ class Encoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Word vectors [B, T, d] and mask [B, T] (1 = a token, 0 = padding) -> hidden states [B, T, d].
+    """Word vectors [B, T, d] and mask [B, T] (1 = a token, 0 = padding) -> the last hidden state of position 0, [B, d].
 
-    With image_tokens [B, S, D] the encoder runs in matching mode, without them in text mode.
-    Raises ValueError where T exceeds the number of positions.
+    With image_tokens [M, S, D] the encoder runs in matching mode, text i looking at image rows[i] (int64 [B]; by default
+    at its own, M = B); without them in text mode. Raises ValueError where T exceeds the number of positions.
+
+    Two savings that change no value: the keys and values of an image are computed once, however many texts look at it,
+    and in the last layer position 0 alone goes on, since BLIP reads no other.
     """
 
     def __init__(self, vocab_size, max_positions, width, depth, image_width):
@@ -106,8 +111,9 @@ class TextEncoder(nn.Module):
         self.embeddings = Embeddings(vocab_size, max_positions, width)
         self.encoder = Encoder(width, depth, image_width)
 
-    def forward(self, words, mask, image_tokens=None):
+    def forward(self, words, mask, image_tokens=None, rows=None):
         x, mask = self.embeddings(words), mask.bool()
-        for layer in self.encoder.layer:
-            x = layer(x, mask, image_tokens)
-        return x
+        *layers, last = self.encoder.layer
+        for layer in layers:
+            x = layer(x, mask, image_tokens, rows)
+        return last(x, mask, image_tokens, rows, n=1)[:, 0]

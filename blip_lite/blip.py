@@ -46,9 +46,12 @@ class Blip(nn.Module):
         """A PIL image of any mode and size -> float32 [3, S, S], upright, RGB, bicubic, BLIP's mean and std."""
         return to_pixels(pil, self.image_size, MEAN, STD)
 
-    def encode_image(self, pixels):
-        """pixels [B, 3, S, S] -> v [B, E] of unit norm, F_v [B, 1+N, D] (after the final LayerNorm, CLS first)."""
-        F_v = self.visual_encoder(pixels)
+    def encode_image(self, pixels, cls_only=False):
+        """pixels [B, 3, S, S] -> v [B, E] of unit norm, F_v [B, 1+N, D] (after the final LayerNorm, CLS first).
+
+        cls_only is for galleries, which need v alone: F_v is then [B, 1, D], for 7 % less work at 12 layers.
+        """
+        F_v = self.visual_encoder(pixels, cls_only)
         return F.normalize(self.vision_proj(F_v[:, 0]).float(), dim=-1), F_v
 
     def tokenize(self, texts):
@@ -62,15 +65,14 @@ class Blip(nn.Module):
 
     def encode_text(self, words, mask):
         """words [B, T, d_w], mask [B, T] -> t [B, E] of unit norm. Text mode: no cross-attention."""
-        hidden = self.text_encoder(words, mask)  # [B, T, d_w]
-        return F.normalize(self.text_proj(hidden[:, 0]).float(), dim=-1)
+        return F.normalize(self.text_proj(self.text_encoder(words, mask)).float(), dim=-1)
 
-    def match(self, words, mask, F_v):
-        """words [B, T, d_w], mask [B, T], F_v [B, 1+N, D] -> logits [B, 2], index 1 = the text matches the image.
+    def match(self, words, mask, F_v, rows=None):
+        """words [B, T, d_w], mask [B, T], F_v [M, 1+N, D] -> logits [B, 2], index 1 = the text matches the image.
 
+        Text i is shown image rows[i] (int64 [B]), by default its own (M = B): several texts may share an image.
         Position 0 becomes [ENC], the token that BLIP uses in place of [CLS] in matching mode.
         """
         enc = self.embed_words(torch.tensor(self.tokenizer.enc_id, device=words.device))  # [d_w]
         words = torch.cat([enc.to(words.dtype).expand(len(words), 1, -1), words[:, 1:]], dim=1)
-        hidden = self.text_encoder(words, mask, F_v)
-        return self.itm_head(hidden[:, 0]).float()
+        return self.itm_head(self.text_encoder(words, mask, F_v, rows)).float()

@@ -15,10 +15,13 @@ def attention(q, k, v, mask=None):
     """Scaled dot-product attention over several heads, softmax over the keys.
 
     q [B, T, D], k and v [B, S, D], mask bool [B, S] (True = may be attended to) or None. Returns [B, T, D].
-    Written out instead of calling scaled_dot_product_attention: at these lengths the explicit form is the faster one in
-    bfloat16 on a CPU (forward and backward), and it is the form that the papers print.
+    Where a CPU will have to run backward through it, the form that the papers print is faster at these lengths (in
+    bfloat16 by far) than PyTorch's fused kernel, which is used everywhere else.
     """
     q, k, v = (x.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for x in (q, k, v))  # [B, heads, T or S, 64]
+    if q.is_cuda or not (torch.is_grad_enabled() and q.requires_grad):
+        fused = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None, :])
+        return fused.transpose(1, 2).flatten(2)  # [B, T, D]
     scores = q @ k.transpose(-2, -1) * HEAD_WIDTH**-0.5  # [B, heads, T, S]
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
@@ -31,9 +34,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x, n=None):
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # 3 x [B, 1+N, D]
-        return self.proj(attention(q, k, v))
+        return self.proj(attention(q[:, :n], k, v))  # of the first n tokens, None = all
 
 
 class MLP(nn.Module):
@@ -54,8 +57,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width)
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, n=None):
+        x = x[:, :n] + self.attn(self.norm1(x), n)
         return x + self.mlp(self.norm2(x))
 
 
@@ -81,6 +84,7 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """pixels [B, 3, S, S], S = image_size -> F^v [B, 1+N, D]: the tokens after the last LayerNorm, CLS first.
 
+    With cls_only [B, 1, D], its first row: in the last block CLS asks all tokens, but nobody asks what they become.
     Raises ValueError where the pixels have another shape.
     """
 
@@ -93,14 +97,15 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, pixels):
+    def forward(self, pixels, cls_only=False):
         if pixels.dim() != 4 or pixels.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"pixels should be [B, 3, {self.image_size}, {self.image_size}], not {list(pixels.shape)}")
         x = self.patch_embed(pixels)  # [B, N, D]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed  # [B, 1+N, D]
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x)
-        return self.norm(x)
+        return self.norm(last(x, 1 if cls_only else None))
 
 
 def resize_position_embedding(pos_embed, image_size, patch_size):

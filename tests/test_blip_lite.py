@@ -20,7 +20,7 @@ from torchvision import transforms
 
 import blip_lite
 from blip_lite.checkpoint import _read_safetensors
-from blip_lite.vit import resize_position_embedding
+from blip_lite.vit import attention, resize_position_embedding
 
 SHARED = Path(os.environ.get("ISA_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 DATA = SHARED / "data" if (SHARED / "data").is_dir() else SHARED
@@ -111,6 +111,30 @@ def assert_same_as_transformers(blip, theirs):
 
 
 # ---- the networks ----
+
+
+@torch.no_grad()
+def test_savings_change_no_value(pocket_blip):
+    """cls_only is the first row of F^v; texts that share an image get what they would get alone."""
+    pixels, ids, mask = inputs(pocket_blip)
+    v, F_v = pocket_blip.encode_image(pixels)
+    alone, cls = pocket_blip.encode_image(pixels, cls_only=True)
+    assert cls.shape == (3, 1, 128) and difference(alone, v) < 1e-6 and difference(cls, F_v[:, :1]) < 1e-5
+    rows = torch.tensor([2, 0, 2])
+    words = pocket_blip.embed_words(ids)
+    shared = pocket_blip.match(words, mask, F_v, rows)
+    assert difference(shared, pocket_blip.match(words, mask, F_v[rows])) < 1e-5
+    assert difference(shared, pocket_blip.match(words, mask, F_v)) > 0.01
+
+
+def test_fused_and_explicit_attention_agree():
+    """Without a gradient PyTorch's fused kernel runs, with one the printed form: same values, also under a mask."""
+    q, k, v = torch.randn(3, 2, 5, 128, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    for m in (None, mask):
+        with torch.no_grad():
+            fused = attention(q, k, v, m)
+        assert difference(fused, attention(q.clone().requires_grad_(), k, v, m).detach()) < 1e-6
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """light_encoders.py against timm, torchvision's own classifiers and a small BLIP; nothing is downloaded."""
 
+import copy
 from http.client import IncompleteRead
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -59,13 +60,13 @@ def test_against_timm(name, tmp_path):
     state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("classifier")}
     ours = [k for k in getattr(models, name)().state_dict() if not k.startswith("classifier")]
     torch.save(dict(zip(ours, state.values(), strict=True)), tmp_path / "weights.pth")  # both list layers in one order
-    encoder = light_encoders.build(name, tmp_path / "weights.pth").eval()
-    x = pixels(224)
+    encoder = light_encoders.build(name, tmp_path / "weights.pth").eval().double()  # so deep a network magnifies rounding
+    x = pixels(224).double()
     with torch.no_grad():
-        feature_map, expected = encoder(x), theirs.forward_features(x)
+        feature_map, expected = encoder(x), theirs.double().forward_features(x)
     assert feature_map.shape == (1, *MAPS[name]) and encoder.out_channels == MAPS[name][0]
     assert expected.std() > 1e-3
-    torch.testing.assert_close(feature_map, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(feature_map, expected, rtol=1e-9, atol=1e-11 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -77,6 +78,41 @@ def test_interface_and_parameters(name):
     assert encoder.normalization == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert encoder(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, *MAPS[name])
     assert encoder(torch.empty(2, 3, 256, 256, device="meta")).shape == (2, MAPS[name][0], 8, 8)
+
+
+def test_gradients_are_torchvisions():
+    """The layout in memory is for speed. In float64: so deep a network magnifies rounding."""
+    torch.manual_seed(3)
+    theirs = models.mobilenet_v2().features.train().double()
+    ours = light_encoders.build("mobilenet_v2").train().double()
+    ours.load_state_dict(theirs.state_dict())
+    gradients = []
+    for network in (ours, theirs):
+        feature_map = network(torch.randn(4, 3, 96, 96, generator=torch.Generator().manual_seed(0)).double())
+        feature_map.square().mean().backward()
+        gradients.append([feature_map.detach(), *(parameter.grad for parameter in network.parameters())])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10 * (1e-3 + b.abs().max().item()))
+
+
+def test_depthwise_convolutions_under_autocast():
+    """Strided or large ones run in float32 even then, up to the rounding of what goes in and out."""
+    torch.manual_seed(4)
+    encoder = light_encoders.build("efficientnet_b0")
+    layers = [m for m in encoder.modules() if isinstance(m, light_encoders.DepthwiseConv2d)]
+    assert len(layers) == 11 and all(m.groups > 1 for m in layers)  # 9 of 5 x 5, 2 of 3 x 3 with stride 2
+    for layer in (layers[0], layers[-1]):
+        x = torch.randn(2, layer.in_channels, 14, 14).bfloat16().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        (y.float() ** 2).sum().backward()
+        exact = copy.deepcopy(layer).double()
+        x64 = x.detach().double().requires_grad_()
+        y64 = exact(x64)
+        (y64**2).sum().backward()
+        assert y.dtype == torch.bfloat16
+        for a, b in ((y, y64), (x.grad, x64.grad), (layer.weight.grad, exact.weight.grad)):
+            assert (a.double() - b).norm() < 0.01 * b.norm()
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +130,8 @@ def test_weights_of_the_whole_classifier_or_of_its_features(classifier, tmp_path
     for file in ("whole.pth", "features.pth", "old.pth"):
         encoder = light_encoders.build("mobilenet_v2", str(tmp_path / file)).eval()
         with torch.no_grad():
-            assert torch.equal(encoder(x), classifier.features(x)), file
+            expected = classifier.features(x)
+            assert (encoder(x) - expected).abs().max() < 1e-4 * expected.abs().max(), file
 
 
 def test_misfits_are_listed_in_one_error(classifier, tmp_path):
