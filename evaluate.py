@@ -16,6 +16,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -26,7 +27,8 @@ import benchmarks
 import blip_lite
 import isa
 import light_encoders
-from blip_lite.features import autocast, image_features, load_images, open_image, pick_precision
+from blip_lite.features import autocast, image_features, pick_precision
+from blip_lite.images import list_images, load_images, open_image
 from pocket import world
 from pocket.specs import EDIT_KINDS
 from train import load_query_model
@@ -73,12 +75,12 @@ def sentence_tokens(query_model, paths, precision, device, workers):
     """Image files -> U [M, L, d_w], what a phone would send for each."""
     preprocess = partial(light_encoders.preprocess, query_model.encoder)
     out = []
-    for rows in tqdm(load_images(paths, preprocess, 128, workers), desc="sentences", unit="batch", leave=False, disable=None):
-        bad = [why for _, why in rows if isinstance(why, str)]
+    batches = load_images(list_images(paths), preprocess, 128, workers)
+    for _, pixels, bad in tqdm(batches, desc="sentences", unit="batch", leave=False, disable=None):
         if bad:
-            raise ValueError(bad[0])
+            raise ValueError(next(iter(bad.values())))
         with autocast(device, precision):
-            out.append(query_model(torch.stack([pixels for _, pixels in rows]).to(device)).float())
+            out.append(query_model(pixels.to(device)).float())
     return torch.cat(out)
 
 
@@ -91,9 +93,10 @@ class Setting:
         self.names = [*benchmark.gallery, *sorted(extra)]
         self.place = {name: i for i, name in enumerate(self.names)}
         label = " ".join(filter(None, (benchmark.name, benchmark.category, benchmark.split)))
-        features = image_features(blip, [benchmark.paths[n] for n in self.names], args.cache, precision=precision,
-                                  workers=args.workers, what=f"images of {label}")  # fmt: skip
-        self.v = torch.from_numpy(features.v)  # [M, E], the gallery first
+        images = list_images([benchmark.paths[name] for name in self.names])
+        features = image_features(blip, images, args.cache_dir, precision=precision, workers=args.workers,
+                                  what=f"images of {label}", dtype=np.float32)  # fmt: skip
+        self.v = torch.from_numpy(np.asarray(features.v))  # [M, E], the gallery first
         self.references = torch.tensor([self.place[query.reference] for query in benchmark.queries])  # [Q]
 
     @property
@@ -360,7 +363,7 @@ def parse_args(argv=None):
         p.add_argument("--blip", default="pocket", help='"pocket", or the checkpoint that ISA was trained against')
         p.add_argument("--vocab", help="BERT's vocab.txt, where it does not lie beside the checkpoint")
         p.add_argument("--image-size", type=int, help="side in pixels that BLIP sees; the same as in training")
-        p.add_argument("--cache", default="cache", help="folder for the gallery's features")
+        p.add_argument("--cache-dir", default="cache", help="folder for the gallery's features")
         p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is faster here")
         p.add_argument("--workers", type=int, default=1, help="processes that decode images")

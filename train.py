@@ -2,10 +2,11 @@
 
     python train.py                                     # the pocket world, from nothing, on a laptop (about 5 minutes)
     python train.py --preset paper --blip model_base.pth --vocab vocab.txt --images cc3m/ --encoder efficientnet_b2
+    torchrun --nproc_per_node 4 train.py --preset paper ...     # four GPUs or processes, the same --batch shared out among them
 
-BLIP is frozen: its v and F^v of every image are computed once and stored. The loop then trains only the query model, so that the
-sentence it speaks of an image is, for BLIP, a description of that image. Writes runs/NAME/isa.pt (the query side, all that
-evaluation needs), runs/NAME/last.pt (to resume from) and runs/NAME/log.jsonl.
+BLIP is frozen: its v and F^v of every image are computed once and stored, or at every step where they would not fit (--cache). The
+loop then trains only the query model, so that the sentence it speaks of an image is, for BLIP, a description of that image. Writes
+runs/NAME/isa.pt (the query side, all that evaluation needs), runs/NAME/last.pt (to resume from) and runs/NAME/log.jsonl.
 """
 
 import argparse
@@ -15,26 +16,34 @@ import os
 import signal
 import sys
 import time
+import warnings
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torchvision import transforms
 from tqdm import tqdm
 
 import blip_lite
 import isa
 import light_encoders
-from blip_lite.features import ImageFiles, autocast, image_features, pick_precision
+from blip_lite.features import autocast, bytes_per_image, image_features, pick_precision, process, wait_for_all
+from blip_lite.images import find_images
 from pocket import world
 
 PRESETS = {
     "pocket": dict(blip="pocket", images="data/pocket/train", encoder="pocketnet", image_size=None, epochs=4, batch=256,
-                   lr=2e-3, crop=1.0, flip=False, randaugment=0, name="pocket"),
+                   lr=2e-3, crop=1.0, flip=False, randaugment=0, name="pocket", cache="full"),
     "paper": dict(blip=None, images=None, encoder="efficientnet_b2", image_size=224, epochs=20, batch=320, lr=3e-4, crop=0.5,
-                  flip=True, randaugment=5, name="paper", pretrained="imagenet"),
+                  flip=True, randaugment=5, name="paper", pretrained="imagenet", cache="none"),
 }  # fmt: skip
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-MAY_CHANGE = {"name", "images", "cache", "workers", "threads", "resume", "overwrite", "device", "save_every", "blip", "vocab"}
+MAY_CHANGE = {"name", "images", "cache", "cache_dir", "workers", "threads", "resume", "overwrite", "device", "save_every", "blip",
+              "vocab", "compile"}  # fmt: skip
+RUN = 1000  # images that follow each other on disk and stay together when an epoch is shuffled, up to --shuffle-buffer
 
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -42,11 +51,15 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--preset", choices=PRESETS, default="pocket", help="the defaults of what follows: a laptop's or the paper's")
     data = p.add_argument_group("data and frozen BLIP")
-    data.add_argument("--images", help="folder of images, searched with its sub-folders; nothing but pixels is read")
+    data.add_argument("--images", help="folder of images and of .tar shards, searched with its sub-folders; only pixels are read")
     data.add_argument("--blip", help='"pocket", a Salesforce .pth, or a Hugging Face folder or file')
     data.add_argument("--vocab", help="BERT's vocab.txt, where it does not lie beside the checkpoint")
     data.add_argument("--image-size", type=int, help="side in pixels that BLIP sees (default: the checkpoint's; paper: 224)")
-    data.add_argument("--cache", default="cache", help="folder for v and F^v (0.30 MB an image for ViT-B at 224 px)")
+    data.add_argument("--cache", choices=("none", "global", "full"), help="what to store: nothing, v (512 B an image), or v and "
+                      "F^v (0.30 MB, for ViT-B at 224 px); what is missing is computed at every step. global is for --loss gcd")
+    data.add_argument("--cache-dir", default="cache", help="folder for what is stored")
+    data.add_argument("--shuffle-buffer", type=int, default=100_000, help="images whose order is mixed at a time: fewer keep reads "
+                      "close together, for shards on slow or distant disks; the numbers are held, not the images")
     data.add_argument("--skip-bad-images", action="store_true", help="go on even if more than 1 %% of the images are damaged")
     query = p.add_argument_group("query model")
     query.add_argument("--encoder", choices=light_encoders.NAMES, help="the light network; blip = symmetric (Tables 2-4)")
@@ -57,7 +70,7 @@ def parse_args(argv=None):
     recipe = p.add_argument_group("recipe")
     recipe.add_argument("--loss", choices=("gcd+lar", "gcd", "lar"), default="gcd+lar", help="Eq. 8, or one term (Table 8)")
     recipe.add_argument("--epochs", type=int, help="a quarter is linear warm-up, the rest cosine annealing")
-    recipe.add_argument("--batch", type=int, help="images a step: more negatives for GCD, more memory")
+    recipe.add_argument("--batch", type=int, help="images a step, of all processes together: more negatives for GCD, more memory")
     recipe.add_argument("--lr", type=float, help="peak learning rate of AdamW; a short run wants more than the paper's 3e-4")
     recipe.add_argument("--weight-decay", type=float, default=0.05, help="BLIP's; the paper prints none")
     recipe.add_argument("--crop", type=float, help="smallest area that a random crop keeps; 1 = no cropping")
@@ -70,14 +83,15 @@ def parse_args(argv=None):
     run.add_argument("--overwrite", action="store_true", help="start anew although runs/NAME holds a training")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is faster here")
+    run.add_argument("--compile", action="store_true", help="torch.compile the query model: minutes at first, then faster on CUDA")
     run.add_argument("--threads", type=int, default=0, help="CPU threads (0 = all); 1 where several trainings share a machine")
-    run.add_argument("--workers", type=int, default=1, help="processes that decode and augment images")
+    run.add_argument("--workers", type=int, default=1, help="processes that decode and augment images, for each torchrun process")
     run.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     preset = p.parse_known_args(argv)[0].preset
     p.set_defaults(**PRESETS[preset])
     args = p.parse_args(argv)
     for name, least in (("epochs", 1), ("batch", 2), ("tokens", 1), ("save_every", 1), ("randaugment", 0), ("threads", 0),
-                        ("workers", 0), ("weight_decay", 0)):  # fmt: skip
+                        ("workers", 0), ("weight_decay", 0), ("seed", 0), ("shuffle_buffer", 1)):  # fmt: skip
         if getattr(args, name) < least:
             p.error(f"--{name.replace('_', '-')} has to be at least {least}, not {getattr(args, name)}")
     if args.lr <= 0 or not math.isfinite(args.lr) or not 0 < args.crop <= 1:
@@ -92,16 +106,6 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             p.error(f"--preset {preset} needs --{name}")
     return args
-
-
-def find_images(folder):
-    """Every image below `folder`, sorted by path. Raises ValueError where there are fewer than two."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder}: there is no such folder; give a folder of images with --images")
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if len(paths) < 2:
-        raise ValueError(f"{folder}: holds {len(paths)} images, training needs at least two; check --images")
-    return paths
 
 
 # ---------------------------------------------------------------------------------------------- the query side
@@ -150,35 +154,80 @@ class NeutralRandAugment(transforms.RandAugment):
         return {k: v for k, v in super()._augmentation_space(*args).items() if k in self.KEPT}
 
 
-class AugmentedImages(ImageFiles):
-    """(epoch, i) -> (i, pixels of image i as the query model sees it in that epoch): a pure function of seed, epoch and i."""
+class TrainingImages(torch.utils.data.Dataset):
+    """(epoch, i) -> image i as the query model sees it in that epoch, a pure function of seed, epoch and i; and what else a step
+    needs of it: BLIP's pixels where BLIP has to look at it now, or what is stored. `batch` puts samples together.
+    """
 
-    def __init__(self, paths, encoder, args):
-        super().__init__(paths, self.prepare)
+    def __init__(self, images, encoder, args, features=None, blip_pixels=None):
+        self.images, self.features, self.blip_pixels, self.seed = images, features, blip_pixels, args.seed
         self.size, self.normalization = encoder.image_size, encoder.normalization
         bicubic = transforms.InterpolationMode.BICUBIC
         steps = [transforms.RandomResizedCrop(self.size, (args.crop, 1), interpolation=bicubic)] if args.crop < 1 else []
         steps += [transforms.RandomHorizontalFlip()] if args.flip else []
         steps += [NeutralRandAugment(num_ops=2, magnitude=args.randaugment)] if args.randaugment else []
-        self.augment, self.seed = transforms.Compose(steps), args.seed
-
-    def prepare(self, pil):
-        return blip_lite.to_pixels(self.augment(blip_lite.to_rgb(pil)), self.size, *self.normalization)
+        self.augment = transforms.Compose(steps)
 
     def __getitem__(self, epoch_and_row):
-        epoch, i = epoch_and_row
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((self.seed, epoch, i)))
-            return super().__getitem__(i)
+        """-> i, pixels [3, S, S], BLIP's pixels or None, {row: why it is damaged}; the next image stands in for a damaged one."""
+        epoch, row = epoch_and_row
+        damaged = {}
+        for i in ((row + step) % len(self.images) for step in range(100)):
+            try:
+                image = blip_lite.to_rgb(self.images.open(i))
+            except ValueError as error:
+                damaged[i] = str(error)
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(hash((self.seed, epoch, i)))
+                pixels = blip_lite.to_pixels(self.augment(image), self.size, *self.normalization)
+            return i, pixels, self.blip_pixels(image) if self.blip_pixels else None, damaged
+        raise ValueError(f"a hundred damaged images follow each other, the first: {damaged[row]}")
+
+    def batch(self, samples):
+        """Samples -> dict: pixels [B, 3, S, S], blip_pixels, v [B, E], F_v [B, 1+N, D] (float16; these may be None), damaged."""
+        rows, pixels, blip_pixels, damaged = zip(*samples, strict=True)
+        stored = lambda x: None if x is None else torch.from_numpy(x[rows])  # noqa: E731
+        return {
+            "pixels": torch.stack(pixels),
+            "blip_pixels": torch.stack(blip_pixels) if self.blip_pixels else None,
+            "v": stored(self.features and self.features.v),
+            "F_v": stored(self.features and self.features.F_v),
+            "damaged": {i: why for reasons in damaged for i, why in reasons.items()},
+        }
 
 
-def batches(rows, batch, seed, first_step, steps):
-    """Lists of (epoch, row): each epoch a new permutation, its last incomplete batch dropped. Starts at any step."""
-    per_epoch = len(rows) // batch
+def epoch_order(n, seed, epoch, buffer, start=0):
+    """The numbers 0 .. n-1, each once, in the order of one epoch, from its place `start` on: arrays of at most `buffer`.
+
+    Runs of images that lie together on disk are shuffled, then the images of every `buffer` that follow each other. Any place is
+    reached at once, and memory holds the buffer and a number for each run.
+    """
+    random = np.random.default_rng((seed, epoch))
+    shift, runs = random.integers(n), random.permutation(n // RUN)  # shifted: the rest that fills no run is another each time
+    runs = np.append(runs, n // RUN)
+    for block in range(start // buffer, -(-n // buffer)):
+        place = np.arange(block * buffer, min(n, (block + 1) * buffer))
+        rows = (runs[place // RUN] * RUN + place % RUN + shift) % n
+        yield np.random.default_rng((seed, epoch, block)).permutation(rows)[max(0, start - block * buffer) :]
+
+
+def batches(n, bad, batch, seed, first_step, steps, buffer, rank=0, processes=1):
+    """Lists of (epoch, row), this process's share of each step's batch: each epoch a new order, its last incomplete batch dropped.
+
+    n rows without the bad ones (sorted). What a step sees is the same for any number of processes and any first step.
+    """
+    per_epoch, share = n // batch, batch // processes
+    bad = np.asarray(bad) - np.arange(len(bad))
     for epoch in range(first_step // per_epoch, steps // per_epoch):
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(hash((seed, epoch))))
-        for b in range(first_step % per_epoch if epoch == first_step // per_epoch else 0, per_epoch):
-            yield [(epoch, rows[j]) for j in order[b * batch : (b + 1) * batch].tolist()]
+        start = first_step % per_epoch if epoch == first_step // per_epoch else 0
+        left, waiting = per_epoch - start, np.empty(0, np.int64)
+        for rows in epoch_order(n, seed, epoch, buffer, start * batch):
+            waiting = np.append(waiting, rows)
+            while left and len(waiting) >= batch:
+                mine, waiting, left = waiting[rank * share : (rank + 1) * share], waiting[batch:], left - 1
+                mine = mine + np.searchsorted(bad, mine, side="right")  # the m-th row that is not bad
+                yield [(epoch, row) for row in mine.tolist()]
 
 
 def leave_signals_to_the_loop(worker):
@@ -221,36 +270,79 @@ def resume(run, settings, fingerprint, images, query_model, optimizer):
     return checkpoint["step"]
 
 
+def gather(x):
+    """[b, E] of this process -> [B, E] of all of them. Under torchrun every process computes the whole of GCD from it, and its own
+    rows alone keep their gradient: added up over the processes, that is GCD's gradient in all rows.
+    """
+    rank, processes = process()
+    if processes == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(processes)]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[rank] = x
+    return torch.cat(parts)
+
+
+def agree(*values):
+    """The mean over all processes of some scalars, the first of them a tensor, as floats; one wait for a GPU instead of four."""
+    values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=values[0].device) for v in values])
+    if process()[1] > 1:
+        dist.all_reduce(values)
+    return (values / process()[1]).tolist()
+
+
+def open_images(args, blip, precision):
+    """-> ImageList, its stored features (None with --cache none) and its damaged rows, sorted. Raises ValueError for too many."""
+    rank, _ = process()
+    if rank == 0 and args.images == PRESETS["pocket"]["images"]:
+        world.ensure(Path(args.images).parent)
+    if rank > 0:
+        wait_for_all()
+    images = find_images(args.images, args.cache_dir)
+    if rank == 0:
+        wait_for_all()  # the first process makes the list, the others find it
+        sizes = [size * len(images) / 1e9 for size in bytes_per_image(blip)]
+        print(f"{len(images)} images: v {sizes[0]:.3g} GB, F^v {sizes[1]:.3g} GB; --cache {args.cache}")
+    if args.cache == "none":
+        return images, None, []
+    maps = args.cache == "full" and args.loss != "gcd"
+    features = image_features(blip, images, args.cache_dir, maps, skip_bad=True, precision=precision, workers=args.workers,
+                              what="training images")  # fmt: skip
+    if rank == 0:
+        for why in list(features.bad.values())[:10]:
+            print(f"skipped: {why}", file=sys.stderr)
+    if len(features.bad) > 0.01 * len(images) and not args.skip_bad_images:
+        counts = f"{len(features.bad)} of {len(images)} images in {args.images} are damaged"
+        raise ValueError(f"{counts}, which is more than 1 %; mend them, or train without them by --skip-bad-images")
+    if features.bad and rank == 0:
+        print(f"{len(features.bad)} of {len(images)} images are damaged and left out", file=sys.stderr)
+    return images, features, sorted(features.bad)
+
+
 def train(args):
     run, device = Path("runs") / args.name, torch.device(args.device)
     if (run / "last.pt").exists() and not (args.resume or args.overwrite):
         raise ValueError(f"{run} already holds a training; go on with --resume, replace it with --overwrite or give another --name")
     if args.threads:
         torch.set_num_threads(args.threads)
+    rank, processes = process()
+    if args.batch % processes:
+        raise ValueError(f"--batch {args.batch} cannot be shared out among {processes} processes; give a multiple of {processes}")
     blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=device)
-    if args.images == PRESETS["pocket"]["images"]:
-        world.ensure(Path(args.images).parent)
     precision = pick_precision(device) if args.precision == "auto" else args.precision
     if args.resume and (run / "last.pt").exists() and args.precision == "auto":
         precision = read_checkpoint(run / "last.pt")["settings"]["precision"]
     settings = {**vars(args), "precision": precision}
-    print(" ".join(f"{k}={v}" for k, v in settings.items()))
+    if rank == 0:
+        print(" ".join(f"{k}={v}" for k, v in settings.items()))
 
-    paths = find_images(args.images)
-    features = image_features(blip, paths, args.cache, maps=args.loss != "gcd", skip_bad=True, precision=precision,
-                              workers=args.workers, what="training images")  # fmt: skip
-    for why in list(features.bad.values())[:10]:
-        print(f"skipped: {why}", file=sys.stderr)
-    if len(features.bad) > 0.01 * len(paths) and not args.skip_bad_images:
-        counts = f"{len(features.bad)} of {len(paths)} images in {args.images} are damaged"
-        raise ValueError(f"{counts}, which is more than 1 %; mend them, or train without them by --skip-bad-images")
-    if features.bad:
-        print(f"{len(features.bad)} of {len(paths)} images are damaged and left out", file=sys.stderr)
-    rows = [i for i in range(len(paths)) if i not in features.bad]
-    batch = min(args.batch, len(rows))
-    if batch < 2:
-        raise ValueError(f"{args.images}: holds {len(rows)} readable images, training needs at least two")
-    steps = args.epochs * (len(rows) // batch)
+    images, features, bad = open_images(args, blip, precision)
+    count = len(images) - len(bad)
+    batch = min(args.batch, count // processes * processes)
+    if batch < 2 * processes:
+        raise ValueError(f"{args.images}: holds {count} readable images, training needs at least two for each process")
+    steps = args.epochs * (count // batch)
+    looks = args.cache == "none" or (args.cache == "global" and args.loss != "gcd")  # BLIP has to look at every image at every step
 
     torch.manual_seed(args.seed)
     query_model = build_query_model(settings, blip, args.pretrained).to(device).train()
@@ -258,13 +350,17 @@ def train(args):
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     first = 0
     if args.resume and (run / "last.pt").exists():
-        first = resume(run, settings, blip.fingerprint, len(rows), query_model, optimizer)
-    size = sum(p.numel() for p in parameters) / 1e6
-    print(f"{size:.2f} M trained parameters on the query side, {len(rows)} images, steps {first}..{steps}")
-    run.mkdir(parents=True, exist_ok=True)
+        first = resume(run, settings, blip.fingerprint, count, query_model, optimizer)
+    speak = torch.compile(query_model) if args.compile else query_model
+    if processes > 1:  # averages gradients over the processes; batch-norm statistics stay each process's own, the first's are kept
+        speak = DistributedDataParallel(speak, [device] if device.type == "cuda" else None)
+    if rank == 0:
+        size = sum(p.numel() for p in parameters) / 1e6
+        print(f"{size:.2f} M trained parameters on the query side, {count} images, steps {first}..{steps}")
+        run.mkdir(parents=True, exist_ok=True)
 
     def checkpoint(step):
-        state = {"query_model": query_model.state_dict(), "settings": settings, "blip": blip.fingerprint, "images": len(rows),
+        state = {"query_model": query_model.state_dict(), "settings": settings, "blip": blip.fingerprint, "images": count,
                  "step": step}  # fmt: skip
         save({**state, "optimizer": optimizer.state_dict()}, run / "last.pt")
         save(state, run / "isa.pt")
@@ -272,62 +368,94 @@ def train(args):
     stop = []  # Ctrl-C and SIGTERM end the training after the step in hand
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
+    preprocess = partial(blip_lite.to_pixels, image_size=blip.image_size, mean=blip_lite.MEAN, std=blip_lite.STD)
+    data = TrainingImages(images, query_model.encoder, args, features, preprocess if looks else None)
     loader = torch.utils.data.DataLoader(
-        AugmentedImages(paths, query_model.encoder, args), num_workers=args.workers, pin_memory=device.type == "cuda",
-        batch_sampler=batches(rows, batch, args.seed, first, steps),
+        data, batch_sampler=batches(count, bad, batch, args.seed, first, steps, args.shuffle_buffer, rank, processes),
+        collate_fn=data.batch, num_workers=args.workers, pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_loop,
     )  # fmt: skip
-    bar = tqdm(loader, total=steps, initial=first, desc="training", disable=None)
-    log_file = run / "log.jsonl"
-    logged = log_file.read_text().splitlines(keepends=True) if first and log_file.exists() else []
-    log, began = log_file.open("w"), time.time()
-    log.writelines(line for line in logged if json.loads(line)["step"] <= first)  # what a killed run did after it is done again
-    for step, (index, pixels) in enumerate(bar, start=first):
-        torch.manual_seed(args.seed * 1_000_003 + step)  # LAR's negatives
+    bar = tqdm(loader, total=steps, initial=first, desc="training", disable=True if rank else None)
+    log_file, damaged, began = run / "log.jsonl", set(), time.time()
+    if rank == 0:
+        logged = log_file.read_text().splitlines(keepends=True) if first and log_file.exists() else []
+        log = log_file.open("w")
+        log.writelines(line for line in logged if json.loads(line)["step"] <= first)  # what a killed run did after it is done again
+    for step, sample in enumerate(bar, start=first):
+        torch.manual_seed((args.seed * 1_000_003 + step) * processes + rank)  # LAR's negatives
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr)
-        pixels = pixels.to(device, non_blocking=True)  # [B, 3, S, S]
-        v = torch.from_numpy(features.v[index]).to(device)  # [B, E]
+        pixels, blip_pixels, v, F_v = (  # b = B / processes images; the copies to a GPU go on beside what it computes
+            None if x is None else x.to(device, non_blocking=True) for x in map(sample.get, ("pixels", "blip_pixels", "v", "F_v"))
+        )
+        if looks:
+            with torch.no_grad(), autocast(device, precision):
+                v, F_v = blip.encode_image(blip_pixels, cls_only=args.loss == "gcd")  # [b, E], [b, 1+N, D]
 
         with autocast(device, precision):
-            U = query_model(pixels)  # [B, L, d_w]
+            U = speak(pixels)  # [b, L, d_w]
             words, mask = isa.compose_query(blip, U, prompt=args.prompt)
-            t = blip.encode_text(words, mask)  # [B, E]
-        gcd = isa.global_contrastive_distillation(v, t, blip.temperature)
+            t = blip.encode_text(words, mask)  # [b, E]
+        gcd = isa.global_contrastive_distillation(gather(v.float()), gather(t), blip.temperature)  # of all B, the same everywhere
         lar, matched = torch.zeros((), device=device), float("nan")
         if args.loss != "gcd" and torch.isfinite(gcd):
-            F_v = torch.from_numpy(features.F_v[index]).to(device).float()  # [B, 1+N, D]
-            with autocast(device, precision):
-                lar, logits, labels = isa.local_alignment_regularization(blip, words, mask, F_v, v, t, return_logits=True)
-            matched = (logits.argmax(1) == labels).float().mean().item()
-        loss = {"gcd+lar": gcd + lar, "gcd": gcd, "lar": lar}[args.loss]  # Eq. 8
+            with autocast(device, precision):  # negatives within the process, as in BLIP's own pre-training
+                lar, logits, labels = isa.local_alignment_regularization(blip, words, mask, F_v.float(), v, t, return_logits=True)
+            matched = (logits.argmax(1) == labels).float().mean()
+        # Eq. 8. The gradients are averaged over the processes, but the parts of GCD's (see gather) are to be added up
+        loss = {"gcd+lar": gcd * processes + lar, "gcd": gcd * processes, "lar": lar}[args.loss]
 
-        if not torch.isfinite(gcd + lar):
-            raise ValueError(f"the loss is {(gcd + lar).item()} at step {step}; lower --lr and start anew with --overwrite")
+        gcd, lar, matched, stopped = agree(gcd.detach(), lar.detach(), matched, len(stop))
+        if not math.isfinite(gcd + lar):
+            raise ValueError(f"the loss is {gcd + lar} at step {step}; lower --lr and start anew with --overwrite")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
-        row = {"loss": loss.item(), "gcd": gcd.item(), "lar": lar.item(), "matched": matched}
+        row = {"loss": {"gcd+lar": gcd + lar, "gcd": gcd, "lar": lar}[args.loss], "gcd": gcd, "lar": lar, "matched": matched}
+        for i, why in sample["damaged"].items():
+            print(f"skipped: {why}", file=sys.stderr)
+            damaged.add(i)
+        if len(damaged) > max(10, 0.01 * (step + 1 - first) * batch / processes) and not args.skip_bad_images:
+            counts = f"{len(damaged)} images, more than 1 %, were damaged or gone up to step {step + 1}"
+            raise ValueError(f"{counts}; mend them, or go on without them by --skip-bad-images")
         speed = (step + 1 - first) * batch / (time.time() - began)
         bar.set_postfix({k: f"{x:.3f}" for k, x in row.items()} | {"img/s": round(speed)}, refresh=False)
-        if (step + 1) % 20 == 0 or step + 1 == steps:
+        if rank == 0 and ((step + 1) % 20 == 0 or step + 1 == steps):
             row = {"step": step + 1, "images_per_s": round(speed), **{k: round(x, 4) for k, x in row.items()}}
             log.write(json.dumps(row) + "\n")
             log.flush()
-        if (step + 1) % args.save_every == 0 or step + 1 == steps or stop:
+        if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps or stopped):
             checkpoint(step + 1)
-        if stop:
-            print(f"\nstopped after step {step + 1}; --resume goes on from {run}/last.pt")
+        if stopped:
+            if rank == 0:
+                print(f"\nstopped after step {step + 1}; --resume goes on from {run}/last.pt")
             return
-    print(f"wrote {run}/isa.pt after {time.time() - began:.0f} s; now: python evaluate.py table --checkpoint {run}/isa.pt")
+    if rank == 0:
+        print(f"wrote {run}/isa.pt after {time.time() - began:.0f} s; now: python evaluate.py table --checkpoint {run}/isa.pt")
+
+
+def join_processes(args):
+    """Under torchrun: one GPU for each process, or the CPU; they talk by nccl or gloo."""
+    if "WORLD_SIZE" in os.environ:
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        # DDP may warn that a 1 x 1 convolution has another layout, which for 1 x 1 is no difference
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=timedelta(hours=12))  # caching may take long
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: features that are half done are removed
     try:
-        train(parse_args())
+        arguments = parse_args()
+        join_processes(arguments)
+        train(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("train.py: interrupted before the first step; nothing was written")
+        sys.exit("train.py: interrupted before the first step; no checkpoint was written")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

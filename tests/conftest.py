@@ -91,7 +91,7 @@ def trained(small_world, tmp_path_factory):
     for path in sorted((small_world / "train").iterdir())[:160]:
         shutil.copy2(path, cwd / "images")
     options = ["--images", cwd / "images", "--epochs", 1, "--batch", 40, "--precision", "fp32", "--threads", 1]
-    done = run_script("train.py", *options, "--name", "tiny", "--cache", "features", cwd=cwd)
+    done = run_script("train.py", *options, "--name", "tiny", "--cache-dir", "features", cwd=cwd)
     assert done.status == 0, done.err
     run = cwd / "runs" / "tiny"
     return SimpleNamespace(cwd=cwd, run=run, isa=run / "isa.pt", last=run / "last.pt", log=run / "log.jsonl", options=options,

@@ -24,10 +24,10 @@ from torchvision import models
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import blip_lite
-import isa
-import light_encoders
-from blip_lite.checkpoint import POCKET, _our_name, infer_sizes
+import blip_lite  # noqa: E402
+import isa  # noqa: E402
+import light_encoders  # noqa: E402
+from blip_lite.checkpoint import POCKET, _our_name, infer_sizes  # noqa: E402
 
 bf16 = partial(torch.autocast, "cpu", torch.bfloat16)
 

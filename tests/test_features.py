@@ -1,6 +1,7 @@
 """blip_lite/features.py: what it stores equals what BLIP says, is never stale, and leaves nothing behind when it fails."""
 
 import os
+import pickle
 import shutil
 import zlib
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from blip_lite import features
-from blip_lite.features import image_features, open_image
+from blip_lite.images import list_images, open_image
 
 
 # ---------------------------------------------------------------------------------------------------- open_image
@@ -77,9 +78,9 @@ class Counting:
     def __getattr__(self, name):
         return getattr(self.blip, name)
 
-    def encode_image(self, pixels):
+    def encode_image(self, pixels, cls_only=False):
         self.seen += len(pixels)
-        return self.blip.encode_image(pixels)
+        return self.blip.encode_image(pixels, cls_only)
 
 
 @pytest.fixture
@@ -87,10 +88,16 @@ def blip(pocket_blip):
     return Counting(pocket_blip)
 
 
+def image_features(blip, paths, cache, **options):
+    """features.image_features for paths, as arrays."""
+    found = features.image_features(blip, list_images(paths), cache, **{"dtype": np.float32, **options})
+    return SimpleNamespace(v=np.asarray(found.v), F_v=found.F_v and np.asarray(found.F_v), bad=found.bad, rows=found)
+
+
 def images_seen(blip, call):
-    """call() -> its features, and how many images it took BLIP; one is looked at for the shapes."""
+    """call() -> its features, and how many images it took BLIP."""
     before = blip.seen
-    return call(), max(0, blip.seen - before - 1)
+    return call(), blip.seen - before
 
 
 def directly(blip, paths):
@@ -102,10 +109,31 @@ def test_values_are_those_of_encode_image(tmp_path, blip, images):
     found = image_features(blip, images, tmp_path / "cache", maps=True, batch_size=4, workers=0)
     v, F_v = directly(blip, images)
     assert found.v.dtype == np.float32 and found.F_v.dtype == np.float16 and found.bad == {}
-    assert found.F_v.shape == (9, 65, 128) and isinstance(found.F_v, np.memmap)
+    assert found.F_v.shape == (9, 65, 128)
     assert np.allclose(found.v, v.numpy(), atol=1e-6)
     assert np.allclose(found.F_v, F_v.numpy(), atol=4e-3, rtol=1e-3)  # float16
     assert np.allclose(np.linalg.norm(found.v, axis=1), 1, atol=1e-6)
+
+
+def test_rows_are_read_as_asked_for(tmp_path, blip, images):
+    found = image_features(blip, images, tmp_path / "cache", maps=True, batch_size=4, workers=0, dtype=np.float16)
+    assert found.v.dtype == np.float16 and found.rows.v.shape == (9, 64) and len(found.rows.F_v) == 9
+    copy = pickle.loads(pickle.dumps(found.rows))  # as it reaches workers that are spawned: a path, not the features
+    assert len(pickle.dumps(found.rows)) < 2000
+    for index in ([7, 0, 7], range(9), []):
+        assert np.array_equal(copy.v[index], found.v[list(index)]) and np.array_equal(copy.F_v[index], found.F_v[list(index)])
+    with open(found.rows.folder / "v.npy", "r+b") as file:
+        file.truncate(found.rows.v.offset + 128 * 4 + 5)
+    assert found.rows.v[[3]].any()
+    with pytest.raises(ValueError, match="v.npy: ends before row 5; delete its folder"):
+        found.rows.v[[3, 5]]
+
+
+def test_sizes_are_those_the_paper_would_need(blip):
+    """v 512 B, F^v 0.30 MB an image for BLIP ViT-B at 224 px."""
+    pos_embed = SimpleNamespace(pos_embed=torch.empty(1, 197, 768))
+    assert features.bytes_per_image(SimpleNamespace(visual_encoder=pos_embed, embed_dim=256)) == (512, 302_592)
+    assert features.bytes_per_image(blip) == (128, 2 * 65 * 128)
 
 
 def test_order_of_files_and_workers_change_nothing(tmp_path, blip, images):
@@ -199,15 +227,15 @@ def test_refuses_when_the_disk_is_too_small(tmp_path, blip, images, monkeypatch,
             image_features(blip, images, tmp_path / "cache", maps=True, workers=0, what="things")
             assert f"storing v and F^v of 9 things: {need / 1e9:.2f} GB" in capsys.readouterr().out
         else:
-            with pytest.raises(ValueError, match="GB free; choose another --cache"):
+            with pytest.raises(ValueError, match="GB free; choose another --cache-dir"):
                 image_features(blip, images, tmp_path / "cache", maps=True, workers=0)
             assert list((tmp_path / "cache").iterdir()) == [] and capsys.readouterr().out == ""
 
 
 def test_nothing_is_left_when_it_is_interrupted(tmp_path, blip, images):
-    def encode(pixels, calls=[]):  # noqa: B006
+    def encode(pixels, cls_only, calls=[]):  # noqa: B006
         calls.append(0)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return blip.blip.encode_image(pixels)
 

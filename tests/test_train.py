@@ -1,13 +1,16 @@
 """train.py: its parts against values worked out by hand, and whole runs: stopped, resumed, refused."""
 
+import io
 import json
 import math
 import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -23,6 +26,8 @@ import blip_lite
 import isa
 import light_encoders
 import train
+from blip_lite.features import Features
+from blip_lite.images import list_images
 
 
 # ------------------------------------------------------------------------------------------- parts of the loop
@@ -39,32 +44,67 @@ def flat(batches):
     return [pair for batch in batches for pair in batch]
 
 
-def test_batches_show_each_row_once_an_epoch():
-    rows = [10 * i for i in range(12)]
-    found = list(train.batches(rows, 4, seed=0, first_step=0, steps=9))
+def batches(n, batch, seed=0, first_step=0, steps=1, bad=(), buffer=1000, **processes):
+    return list(train.batches(n, list(bad), batch, seed, first_step, steps, buffer, **processes))
+
+
+@pytest.mark.parametrize("buffer", [1, 5, 7, 12, 100])
+def test_batches_show_each_row_once_an_epoch(buffer, monkeypatch):
+    monkeypatch.setattr(train, "RUN", 3)
+    found = batches(12, 4, steps=9, buffer=buffer)
     assert len(found) == 9 and all(len(batch) == 4 for batch in found)
     for epoch in range(3):
         pairs = flat(found[3 * epoch : 3 * epoch + 3])
-        assert {e for e, _ in pairs} == {epoch} and sorted(row for _, row in pairs) == rows
+        assert {e for e, _ in pairs} == {epoch} and sorted(row for _, row in pairs) == list(range(12))
     orders = [tuple(row for _, row in flat(found[3 * epoch : 3 * epoch + 3])) for epoch in range(3)]
-    assert len({*orders, tuple(rows)}) == 4  # shuffled, and anew each time
+    assert len({*orders, tuple(range(12))}) == 4  # shuffled, and anew each time
 
 
 def test_batches_drop_the_rest_but_not_always_the_same():
     left_out = Counter()
     for epoch in range(30):
-        seen = {row for _, row in flat(train.batches(list(range(10)), 4, 0, 2 * epoch, 2 * epoch + 2))}
+        seen = {row for _, row in flat(batches(10, 4, 0, 2 * epoch, 2 * epoch + 2))}
         assert len(seen) == 8
         left_out.update(set(range(10)) - seen)
     assert len(left_out) == 10
 
 
-def test_batches_start_at_any_step_and_depend_on_the_seed():
-    rows = list(range(11))
-    whole = list(train.batches(rows, 3, 5, 0, 12))
-    for first in range(13):
-        assert list(train.batches(rows, 3, 5, first, 12)) == whole[first:]
-    assert flat(train.batches(rows, 3, 6, 0, 12)) != flat(whole)
+def test_batches_start_at_any_step_and_depend_on_the_seed(monkeypatch):
+    monkeypatch.setattr(train, "RUN", 4)
+    for buffer in (5, 1000):
+        whole = batches(50, 3, 5, 0, 64, buffer=buffer)
+        for first in range(65):
+            assert batches(50, 3, 5, first, 64, buffer=buffer) == whole[first:]
+        assert flat(batches(50, 3, 6, 0, 64, buffer=buffer)) != flat(whole)
+
+
+def test_batches_pass_over_bad_rows():
+    for bad in ([0], [3, 4, 9], [11], [0, 1, 2, 3], [0, 5, 6, 7, 8, 11]):
+        found = flat(batches(12 - len(bad), 2, steps=(12 - len(bad)) // 2, bad=bad))
+        assert set(row for _, row in found) <= set(range(12)) - set(bad) and len(set(found)) == (12 - len(bad)) // 2 * 2
+        if len(bad) % 2 == 0:
+            assert sorted(row for _, row in found) == sorted(set(range(12)) - set(bad))
+
+
+def test_processes_share_each_batch_out():
+    """Side by side their shares are what one process would see at that step."""
+    whole = batches(30, 6, steps=10, bad=[3])
+    for processes in (2, 3, 6):
+        shares = [batches(30, 6, steps=10, bad=[3], rank=r, processes=processes) for r in range(processes)]
+        assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
+
+
+def test_a_shuffle_reads_in_runs_and_mixes_a_buffer():
+    """100,000 images, 10,000 mixed at a time: a buffer is ten runs or eleven; every image is there; runs come from everywhere."""
+    blocks = list(train.epoch_order(100_500, 0, 1, 10_000))
+    assert [len(block) for block in blocks] == [10_000] * 10 + [500]
+    assert np.array_equal(np.sort(np.concatenate(blocks)), np.arange(100_500))
+    for block in blocks[:10]:
+        rows = np.sort(block)
+        pieces = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+        assert len(pieces) <= 12 and rows.max() - rows.min() > 40_000
+        assert abs(np.corrcoef(block[:-1], block[1:])[0, 1]) < 0.1  # in no order within
+    assert not np.array_equal(blocks[0], next(train.epoch_order(100_500, 0, 2, 10_000)))
 
 
 @pytest.fixture(scope="session")
@@ -78,9 +118,13 @@ def images(small_world, tmp_path_factory):
     return folder
 
 
+def listed(folder):
+    return sorted(path for path in folder.rglob("*.png"))
+
+
 def augmented(images, **options):
     options = SimpleNamespace(**dict(crop=0.5, flip=True, randaugment=9, seed=3) | options)
-    return train.AugmentedImages(train.find_images(images), light_encoders.build("pocketnet"), options)
+    return train.TrainingImages(list_images(listed(images)), light_encoders.build("pocketnet"), options)
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_row(images):
@@ -90,7 +134,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row(images):
     np.random.seed(1)
     before = torch.random.get_rng_state()
     for key in reversed(first):
-        row, pixels = again[key]
+        row, pixels, *_ = again[key]
         assert row == key[1] and torch.equal(pixels, first[key])
     assert torch.equal(before, torch.random.get_rng_state())  # and it disturbs none
     for row in range(4):
@@ -102,7 +146,7 @@ def test_without_augmentation_the_pixels_are_those_of_preprocess(images):
     data = augmented(images, crop=1.0, flip=False, randaugment=0)
     encoder = light_encoders.build("pocketnet")
     for row in range(3):
-        assert torch.equal(data[0, row][1], light_encoders.preprocess(encoder, Image.open(data.paths[row])))
+        assert torch.equal(data[0, row][1], light_encoders.preprocess(encoder, Image.open(data.images.name(row))))
 
 
 def test_augmented_images_reach_workers_that_are_not_forked(images):
@@ -112,10 +156,25 @@ def test_augmented_images_reach_workers_that_are_not_forked(images):
     assert torch.equal(copy[1, 2][1], data[1, 2][1])
 
 
-def test_a_damaged_image_is_a_reason_not_pixels(tmp_path):
-    for name in "ab":
+def test_the_next_image_stands_in_for_a_damaged_one(images, tmp_path):
+    for name in "abdf":
+        shutil.copy(images / "000000.png", tmp_path / f"{name}.png")
+    for name in "ceg":
         (tmp_path / f"{name}.png").write_text("")
-    assert augmented(tmp_path)[0, 1] == (1, f"{tmp_path}/b.png: is empty; replace or remove the file")
+    data = augmented(tmp_path)
+    i, pixels, _, damaged = data[0, 2]
+    assert i == 3 and torch.equal(pixels, data[0, 3][1])
+    assert damaged == {2: f"{tmp_path}/c.png: is empty; replace or remove the file"}
+    assert data[0, 6][0] == 0 and data[0, 1][3] == {}  # after the last comes the first
+    sample = data.batch([data[0, 1], data[0, 2], data[0, 4]])
+    assert sample["pixels"].shape == (3, 3, 64, 64) and list(sample["damaged"]) == [2, 4] and sample["v"] is None
+
+
+def test_a_folder_of_damaged_images(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_text("")
+    with pytest.raises(ValueError, match="a hundred damaged images follow each other, the first: .*1.png: is empty"):
+        augmented(tmp_path)[0, 1]
 
 
 def test_randaugment_keeps_what_colour_words_mean():
@@ -134,16 +193,6 @@ def test_randaugment_keeps_what_colour_words_mean():
     assert changed > 100
     kept = set(augment._augmentation_space(31, (64, 64)))
     assert kept and not kept & {"Brightness", "Color", "Contrast", "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert"}
-
-
-def test_find_images(images, tmp_path):
-    found = train.find_images(images)
-    assert len(found) == 24 and found == sorted(found) and {path.suffix for path in found} == {".png"}
-    Image.new("RGB", (8, 8)).save(tmp_path / "A.JPG", "JPEG")
-    with pytest.raises(ValueError, match="holds 1 images"):
-        train.find_images(tmp_path)
-    with pytest.raises(ValueError, match="no such folder"):
-        train.find_images(tmp_path / "A.JPG")
 
 
 # -------------------------------------------------------------------------------------------------- options
@@ -194,7 +243,7 @@ def here(images, cache, tmp_path, monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(name, *options, folder=images):
-        common = ["--images", folder, "--cache", cache, "--precision", "fp32", "--workers", 0]
+        common = ["--images", folder, "--cache-dir", cache, "--precision", "fp32", "--workers", 0]
         common += ["--batch", 8, "--epochs", 2, "--lr", 1e-3, "--crop", 0.8]
         try:
             train.train(train.parse_args([str(x) for x in (*common, "--name", name, *options)]))
@@ -296,7 +345,7 @@ def test_training_learns(here):
 
 @pytest.mark.parametrize("loss, stored", [("gcd", False), ("lar", True)])
 def test_one_loss_alone(here, tmp_path, loss, stored):
-    run = here(loss, "--loss", loss, "--cache", "own_cache")
+    run = here(loss, "--loss", loss, "--cache-dir", "own_cache")
     row = json.loads((run / "log.jsonl").read_text())
     assert row["loss"] == row[loss] and (math.isnan(row["matched"]) and row["lar"] == 0) != stored
     assert bool(list((tmp_path / "own_cache").glob("*/F_v.npy"))) == stored  # GCD alone needs no F^v
@@ -307,7 +356,7 @@ def test_symmetric_encoder(here, pocket_blip, images):
     assert (run / "isa.pt").stat().st_size < 4_000_000
     assert not any("encoder" in name for name in weights(run))  # BLIP's encoder is BLIP's: only the learner is stored
     model, _ = train.load_query_model(run / "isa.pt", pocket_blip)
-    pixels = torch.stack([pocket_blip.preprocess(Image.open(path)) for path in train.find_images(images)[:3]])
+    pixels = torch.stack([pocket_blip.preprocess(Image.open(path)) for path in listed(images)[:3]])
     with torch.no_grad():
         patches = pocket_blip.encode_image(pixels)[1][:, 1:].transpose(1, 2).unflatten(2, (8, 8))
         assert torch.allclose(model(pixels), model.mapper(patches), atol=1e-6)
@@ -470,7 +519,7 @@ def poll(condition, seconds=120):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
 def test_real_signals_to_the_whole_process_group(trained, tmp_path, number):
     """As Ctrl-C and `timeout` do: the workers get the signal too."""
-    command = [sys.executable, ROOT / "train.py", *trained.options, "--name", "a", "--cache", trained.cwd / "features"]
+    command = [sys.executable, ROOT / "train.py", *trained.options, "--name", "a", "--cache-dir", trained.cwd / "features"]
     command = [str(x) for x in (*command, "--epochs", 3, "--batch", 20, "--save-every", 3)]  # 24 steps
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
@@ -505,8 +554,9 @@ def test_sigterm_while_features_are_computed_leaves_no_draft(small_world, tmp_pa
     poll(lambda: any(holds_features(path) for path in tmp_path.glob("cache/*.tmp/v.npy")))
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and err == "train.py: interrupted before the first step; nothing was written\n"
-    assert list((tmp_path / "cache").iterdir()) == [] and not (tmp_path / "runs").exists()
+    assert process.returncode == 1 and err == "train.py: interrupted before the first step; no checkpoint was written\n"
+    (kept,) = (tmp_path / "cache").iterdir()  # the list of images was complete
+    assert kept.name.startswith("images-") and not kept.name.endswith(".tmp") and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
@@ -517,11 +567,187 @@ def test_workers_that_are_spawned(images, cache, tmp_path):
         f"import multiprocessing, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
         "if __name__ == '__main__':\n    multiprocessing.set_start_method('spawn')\n    train.train(train.parse_args())\n"
     )
-    options = ["--images", images, "--cache", tmp_path / "own", "--batch", 8, "--epochs", 1, "--precision", "fp32", "--threads", 1]
+    options = ["--images", images, "--cache-dir", tmp_path / "own", "--batch", 8, "--epochs", 1, "--precision", "fp32"]
     done = run_script(script, *options, "--name", "spawned", cwd=tmp_path)
     assert done.status == 0, done.err
     assert run_script("train.py", *options, "--name", "plain", cwd=tmp_path).status == 0
     assert same(*(weights(tmp_path / "runs" / name) for name in ("spawned", "plain")))
+
+
+# -------------------------------------------------------------------------------------------------- what is stored
+def test_with_or_without_stored_features(here, tmp_path, pocket_blip):
+    """Stored features are those that BLIP computes at the step, up to the rounding to float16."""
+    runs = {}
+    for cache in ("none", "global", "full"):
+        runs[cache] = weights(here(cache, "--cache", cache, "--cache-dir", f"of_{cache}", "--loss", "gcd", "--crop", 1))
+    change = lambda a, b: sum(float((a[x] - b[x]).square().sum()) for x in a if a[x].is_floating_point()) ** 0.5  # noqa: E731
+    start = weights(here("start", "--loss", "gcd", "--lr", "1e-30", "--weight-decay", 0))
+    for cache in ("global", "full"):
+        assert change(runs["none"], runs[cache]) < 0.1 * change(runs["none"], start)
+    stored = {cache: sorted(path.name for path in (tmp_path / f"of_{cache}").glob("features-*/*.npy")) for cache in runs}
+    assert stored == {"none": [], "global": ["v.npy"], "full": ["v.npy"]}  # GCD alone has no use for F^v
+
+
+def test_lar_computes_what_is_not_stored(here):
+    log = {}
+    for cache in ("none", "global", "full"):
+        run = here(cache, "--cache", cache, "--cache-dir", f"of_{cache}", "--crop", 1, "--lr", "1e-5", "--weight-decay", 0)
+        log[cache] = json.loads((run / "log.jsonl").read_text())
+    assert log["none"]["lar"] == log["global"]["lar"] == pytest.approx(log["full"]["lar"], abs=2e-3)
+    assert log["full"]["gcd"] == pytest.approx(log["none"]["gcd"], abs=2e-3)
+
+
+def test_sizes_are_announced(here, capsys):
+    here("a", "--cache", "global", "--cache-dir", "own")
+    out = capsys.readouterr().out
+    assert "24 images: v 3.07e-06 GB, F^v 0.000399 GB; --cache global" in out  # 24 x 128 B, 24 x 2 x 65 x 128 B
+    assert "storing v of 24 training images" in out
+
+
+def test_images_that_are_lost_in_the_middle(here, images, tmp_path, capsys):
+    """After the features were stored: a stand-in takes the place; more than ten, and more than 1 %, end the run."""
+    shutil.copytree(images, tmp_path / "photos")
+
+    def lose(count):
+        def act(gcd, *arguments):
+            for path in listed(tmp_path / "photos")[:count]:
+                path.unlink()
+            return gcd(*arguments)
+
+        return act
+
+    with at_step(1, lose(3)):
+        run = here("few", folder=tmp_path / "photos")
+    assert torch.load(run / "isa.pt", weights_only=True)["step"] == 6
+    assert "000000.png: there is no such image" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "photos")
+    shutil.copytree(images, tmp_path / "photos")
+    with at_step(1, lose(20)), pytest.raises(ValueError, match="images, more than 1 %, were damaged or gone up to step"):
+        here("many", folder=tmp_path / "photos")
+
+
+def shards(folder, images):
+    """Tar shards as img2dataset writes them: image, caption and metadata of each, five to a shard."""
+    folder.mkdir()
+    for i, path in enumerate(images):
+        with tarfile.open(folder / f"{i // 5:05d}.tar", "a") as tar:
+            for name, data in ((f"{i:09d}.png", path.read_bytes()), (f"{i:09d}.txt", b"a text"), (f"{i:09d}.json", b"{}")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def test_shards_train_as_their_files_do(here, images, tmp_path):
+    """The same images in the same order: the same weights, to the bit."""
+    flat_folder = tmp_path / "flat"
+    flat_folder.mkdir()
+    for i, path in enumerate(listed(images)):
+        shutil.copy(path, flat_folder / f"{i:09d}.png")
+    folder = shards(tmp_path / "shards", listed(images))
+    assert len(list(folder.iterdir())) == 5
+    for cache in ("none", "full"):
+        a = here(f"files_{cache}", "--cache", cache, folder=flat_folder)
+        b = here(f"shards_{cache}", "--cache", cache, "--workers", 1, folder=folder)
+        assert same(weights(a), weights(b))
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+def torchrun(processes, *options, cwd):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", 29512]
+    command += [ROOT / "train.py", "--precision", "fp32", "--workers", 0, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(x) for x in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def one_process_of_two(rank, port, folder):
+    """Gradients of GCD for this process's half of eight images, as the loop computes them."""
+    torch.set_num_threads(1)
+    train.dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    blip, model, pixels, v = gcd_case()
+    mine = slice(4 * rank, 4 * rank + 4)
+    speak = torch.nn.parallel.DistributedDataParallel(model)
+    t = blip.encode_text(*isa.compose_query(blip, speak(pixels[mine])))
+    loss = isa.global_contrastive_distillation(train.gather(v[mine]), train.gather(t), blip.temperature)
+    (2 * loss).backward()
+    assert train.agree(torch.tensor(1.0 + rank), 3 * rank) == [1.5, 1.5]
+    torch.save([loss.detach(), *(p.grad for p in model.parameters())], f"{folder}/{rank}.pt")
+    train.dist.destroy_process_group()
+
+
+def gcd_case():
+    torch.manual_seed(0)
+    blip = blip_lite.load("pocket")
+    settings = {"encoder": "pocketnet", "tokens": 6}
+    model = train.build_query_model(settings, blip).eval()  # batch-norm statistics are each process's own: here they are fixed
+    return blip, model, torch.randn(8, 3, 64, 64), torch.nn.functional.normalize(torch.randn(8, 64), dim=-1)
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    blip, model, pixels, v = gcd_case()
+    t = blip.encode_text(*isa.compose_query(blip, model(pixels)))
+    loss = isa.global_contrastive_distillation(v, t, blip.temperature)
+    loss.backward()
+    expected = [loss.detach(), *(p.grad for p in model.parameters())]
+    context = torch.multiprocessing.get_context("spawn")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    halves = [context.Process(target=one_process_of_two, args=(rank, port, tmp_path)) for rank in range(2)]
+    for process in halves:
+        process.start()
+    for process in halves:
+        process.join()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found[0] == pytest.approx(loss.item(), rel=1e-6)
+        total = torch.cat([x.flatten() for x in expected]).norm()
+        assert torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)]).norm() < 1e-6 * total
+
+
+@pytest.mark.slow
+def test_torchrun_trains_as_one_process_and_resumes_with_any_number(images, tmp_path):
+    """GCD with an encoder that has no batch norm is the same computation however it is shared out. One log, one checkpoint."""
+    options = ["--images", images, "--batch", 8, "--epochs", 4, "--crop", 0.8, "--loss", "gcd", "--encoder", "blip"]
+    one, two = (torchrun(n, *options, "--name", name, cwd=tmp_path) for n, name in ((1, "one"), (2, "two")))
+    assert two.stdout.count("wrote runs/two/isa.pt") == two.stdout.count("steps 0..12") == one.stdout.count("steps 0..12") == 1
+    a, b = (weights(tmp_path / "runs" / name) for name in ("one", "two"))
+    assert all((a[name] - b[name]).abs().max() <= 2e-4 * a[name].abs().max() for name in a)
+    logs = [(tmp_path / "runs" / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert [len(log) for log in logs] == [1, 1]
+    assert json.loads(logs[0][0])["gcd"] == pytest.approx(json.loads(logs[1][0])["gcd"], rel=1e-4)
+
+    script = tmp_path / "half.py"  # two processes that are told to stop after step 5
+    script.write_text(f"import os, runpy, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport isa\ngcd, calls = "
+                      "isa.global_contrastive_distillation, []\ndef stopped(*a):\n    calls.append(0)\n    if len(calls) == 5 and "
+                      "os.environ['RANK'] == '1':\n        os.kill(os.getpid(), signal.SIGTERM)\n    return gcd(*a)\n"
+                      f"isa.global_contrastive_distillation = stopped\nrunpy.run_path({str(ROOT / 'train.py')!r}, "
+                      "run_name='__main__')\n")  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29513, script]
+    command += [*options, "--precision", "fp32", "--workers", 0, "--name", "parts"]
+    done = subprocess.run([str(x) for x in command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("stopped after step 5") == 1, done.stderr
+    assert torch.load(tmp_path / "runs" / "parts" / "last.pt", weights_only=True)["step"] == 5
+    torchrun(1, *options, "--name", "parts", "--resume", cwd=tmp_path)
+    c = weights(tmp_path / "runs" / "parts")
+    assert all((a[name] - c[name]).abs().max() <= 2e-4 * a[name].abs().max() for name in a)
+
+
+def test_torchrun_trains_with_both_losses(images, tmp_path):
+    done = torchrun(2, "--images", images, "--batch", 8, "--epochs", 1, "--name", "both", cwd=tmp_path)
+    row = json.loads((tmp_path / "runs" / "both" / "log.jsonl").read_text())
+    assert row["step"] == 3 and math.isfinite(row["lar"]) and 0 <= row["matched"] <= 1 and "24 images, steps 0..3" in done.stdout
+    stored = list((tmp_path / "cache").glob("*"))
+    assert len(stored) == 2 and not [path for path in stored if path.name.endswith(".tmp")]  # the list and the features
+    features = Features(next(path for path in stored if path.name.startswith("features")))
+    assert np.abs(np.linalg.norm(np.asarray(features.v, np.float32), axis=1) - 1).max() < 1e-3  # both shares
+
+
+def test_a_batch_that_cannot_be_shared_out(here, monkeypatch):
+    monkeypatch.setattr(train, "process", lambda: (0, 3))
+    with pytest.raises(ValueError, match="--batch 8 cannot be shared out among 3 processes; give a multiple of 3"):
+        here("a")
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
@@ -537,7 +763,7 @@ def one_line(finished, *parts):
     (["--images", "one"], ["one: holds 1 images"]), (["--blip", "missing.pth"], ["missing.pth: there is no such file"]),
     (["--blip", "text.pth"], ["text.pth"]), (["--vocab", "none.txt"], ["none.txt"]), (["--image-size", "60"], ["60"]),
     (["--pretrained", "imagenet"], ["pocketnet has no ImageNet weights"]), (["--pretrained", "text.pth"], ["text.pth"]),
-    (["--cache", "text.pth"], ["text.pth"]), (["--prompt", "a " * 80], ["positions"]),
+    (["--cache-dir", "text.pth"], ["text.pth"]), (["--prompt", "a " * 80], ["positions"]),
 ], ids=lambda x: " ".join(x)[:30])  # fmt: skip
 def test_failures_are_one_line(call_script, images, tmp_path, options, parts):
     (tmp_path / "empty").mkdir()
