@@ -10,26 +10,38 @@ asserted anywhere in the tests: these figures are to be read.
 """
 
 import argparse
+import io
+import os
+import resource
+import signal
 import statistics
+import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import benchmarks  # noqa: E402
 import blip_lite  # noqa: E402
 import isa  # noqa: E402
 import light_encoders  # noqa: E402
 from blip_lite.checkpoint import POCKET, _our_name, infer_sizes  # noqa: E402
 
-bf16 = partial(torch.autocast, "cpu", torch.bfloat16)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+bf16 = partial(torch.autocast, DEVICE, torch.bfloat16)
+finished = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
 
 
 # ----------------------------------------------------------------------------------------------- measuring
@@ -38,10 +50,12 @@ def measure(functions, repeats=5):
     times = {name: [] for name in functions}
     for function in functions.values():
         function()
+    finished()
     for i in range(repeats):
         for name in list(functions)[:: 1 if i % 2 else -1]:
             began = time.perf_counter()
             functions[name]()
+            finished()
             times[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -50,7 +64,7 @@ def peak(dtype):
     """The best of several large matrix products (those of a ViT-B on 16 images, and square ones), in operations a second."""
     best = 0
     for m, k, n in ((3152, 768, 3072), (3152, 3072, 768), (2048, 2048, 2048), (4096, 4096, 4096)):
-        a, b = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
+        a, b = torch.randn(m, k, dtype=dtype, device=DEVICE), torch.randn(n, k, dtype=dtype, device=DEVICE)
         seconds = measure({"product": lambda a=a, b=b: F.linear(a, b)}, repeats=9)["product"]
         best = max(best, 2 * m * k * n / seconds)
     return best
@@ -72,7 +86,7 @@ def show(what, seconds, floor=None, against=None, wanted=None):
 
 
 # ----------------------------------------------------------------------------------------------- 1. frozen BLIP at full size
-def blip_base():
+def blip_base(device=DEVICE):
     """(ours, transformers'): BLIP ViT-B of 224 px with the same random weights, frozen."""
     from transformers import BlipConfig, BlipForImageTextRetrieval, BlipTextConfig, BlipVisionConfig
 
@@ -85,7 +99,7 @@ def blip_base():
     state["temp"] = torch.tensor(0.07)
     ours = blip_lite.Blip(infer_sizes(state, 224), blip_lite.Tokenizer(POCKET / "vocab.txt"))
     ours.load_state_dict(state, assign=True)
-    return ours.eval().requires_grad_(False), theirs
+    return ours.eval().requires_grad_(False).to(device), theirs.to(device)
 
 
 @torch.no_grad()
@@ -93,7 +107,7 @@ def part_blip():
     """The frozen encoders, batch 16: images, texts of 16 tokens, and matching: a text and two wrong ones for each image."""
     speed = {torch.float32: peak(torch.float32), torch.bfloat16: peak(torch.bfloat16)}
     print("  measured peak: " + ", ".join(f"{str(d)[6:]} {x / 1e9:.0f} Gop/s" for d, x in speed.items()))
-    ours, theirs = blip_base()
+    ours, theirs = blip_base("cpu")
     pixels, ids = torch.randn(16, 3, 224, 224), torch.randint(5, 400, (48, 16))
     mask, rows = torch.ones_like(ids), torch.arange(48) % 16
     words, F_v = ours.embed_words(ids), ours.encode_image(pixels)[1]
@@ -132,25 +146,26 @@ def part_blip():
 
 # ----------------------------------------------------------------------------------------------- 2. a training step at full size
 def part_step():
-    """EfficientNet-B2, BLIP-base, 32 images of 224 px, stored v and F^v, bf16: ours, and a plain step on transformers' modules."""
-    rate = peak(torch.bfloat16)
+    """EfficientNet-B2, BLIP-base at 224 px, stored v and F^v, bf16: ours, and a plain step on transformers' modules."""
+    rate, count = peak(torch.bfloat16), 320 if DEVICE == "cuda" else 32
+    print(f"  {count} images on {DEVICE}; measured peak {rate / 1e12:.2f} Top/s" + ("; CUDA: not run" if DEVICE == "cpu" else ""))
     ours, theirs = blip_base()
     torch.manual_seed(0)
-    encoder = light_encoders.build("efficientnet_b2")
-    model = isa.QueryModel(encoder, isa.AdaptiveTokenLearner(encoder.out_channels, 768)).train()
-    plain_encoder = models.efficientnet_b2().features.train()  # as torchvision builds it, with the same weights
+    encoder = light_encoders.build("efficientnet_b2").to(DEVICE)
+    mapper = isa.AdaptiveTokenLearner(encoder.out_channels, 768).to(DEVICE)
+    plain_encoder = models.efficientnet_b2().features.to(DEVICE)  # as torchvision builds it, with the same weights
     plain_encoder.load_state_dict(encoder.state_dict())
-    plain_model = isa.QueryModel(plain_encoder, model.mapper).train()
-    pixels = torch.randn(32, 3, 224, 224)
-    v, F_v = F.normalize(torch.randn(32, 256), dim=-1), torch.randn(32, 197, 768)
+    model, plain_model = isa.QueryModel(encoder, mapper).train(), isa.QueryModel(plain_encoder, mapper).train()
+    pixels = torch.randn(count, 3, 224, 224, device=DEVICE)
+    v, F_v = F.normalize(torch.randn(count, 256, device=DEVICE), dim=-1), torch.randn(count, 197, 768, device=DEVICE)
 
-    def our_step(losses="gcd+lar"):
+    def our_step(speak=model, lar=True):
         torch.manual_seed(1)
         with bf16():
-            words, mask = isa.compose_query(ours, model(pixels))
+            words, mask = isa.compose_query(ours, speak(pixels))
             t = ours.encode_text(words, mask)
         loss = isa.global_contrastive_distillation(v, t, ours.temperature)
-        if losses == "gcd+lar":
+        if lar:
             with bf16():
                 loss = loss + isa.local_alignment_regularization(ours, words, mask, F_v, v, t)
         model.zero_grad(set_to_none=True)
@@ -173,12 +188,12 @@ def part_step():
         gcd = isa.global_contrastive_distillation(v, t, ours.temperature)
         image, sentence = isa.sample_hard_negatives(v, t, ours.temperature)
         with bf16():
-            enc = ours.embed_words(torch.tensor(ours.tokenizer.enc_id)).expand(32, 1, -1)
+            enc = ours.embed_words(torch.tensor(ours.tokenizer.enc_id, device=DEVICE)).expand(count, 1, -1)
             words = torch.cat([enc, words[:, 1:]], dim=1)
             right = encode(words, mask, F_v)
             wrong = encode(torch.cat([words, words[sentence]]), torch.cat([mask, mask]), torch.cat([F_v[image], F_v]))
             logits = theirs.itm_head(torch.cat([right, wrong])).float()
-        loss = gcd + F.cross_entropy(logits, torch.cat([torch.ones(32), torch.zeros(64)]).long())
+        loss = gcd + F.cross_entropy(logits, torch.cat([mask.new_ones(count), mask.new_zeros(2 * count)]))
         plain_model.zero_grad(set_to_none=True)
         loss.backward()
         return loss
@@ -189,27 +204,206 @@ def part_step():
         features.float().sum().backward()
 
     def frozen_part():
-        """Our step from the tokens on, for counting: torch's counter takes grouped convolutions' backward for full ones."""
+        """Our step from the tokens on, to be counted: torch's counter is far too high for the backward of grouped convolutions."""
         with bf16():
-            words, mask = isa.compose_query(ours, torch.zeros(32, 6, 768, requires_grad=True))
+            words, mask = isa.compose_query(ours, torch.zeros(count, 6, 768, device=DEVICE, requires_grad=True))
             t = ours.encode_text(words, mask)
             (isa.local_alignment_regularization(ours, words, mask, F_v, v, t) + t.sum()).backward()
 
-    difference = (our_step() - plain_step()).abs().item()
-    print(f"  both losses agree to {difference:.1e}")
-    frozen = operations(frozen_part)
+    print(f"  the two losses differ by {abs(our_step().item() - plain_step().item()):.1e} (bfloat16)")
     with torch.no_grad():
-        floor = (3 * operations(partial(encoder, pixels)) + frozen) / rate  # backward is twice forward
-    parts = measure({"ours": our_step, "plain": plain_step, "gcd": partial(our_step, "gcd"), "light": partial(light, encoder),
-                     "plain light": partial(light, plain_encoder)})  # fmt: skip
-    show("a plain step on transformers' modules", parts["plain"])
-    show("  of that, torchvision's EfficientNet-B2", parts["plain light"])
-    show("our step, GCD + LAR", parts["ours"], floor, parts["plain"], "1.5 x")
-    show("  of that, our EfficientNet-B2", parts["light"], None, parts["plain light"])
-    show("our step, GCD alone", parts["gcd"])
+        forward = operations(partial(encoder, pixels))
+    total = 3 * forward + operations(frozen_part)  # backward through the light encoder is twice its forward
+    variants = {"plain": plain_step, "ours": our_step, "gcd": partial(our_step, lar=False)}
+    variants |= {"plain light": partial(light, plain_encoder), "light": partial(light, encoder)}
+    if DEVICE == "cuda":
+        variants["compiled"] = partial(our_step, torch.compile(model))
+    seconds = measure(variants)
+    show("a plain step on transformers' modules", seconds["plain"])
+    show("  of that, torchvision's EfficientNet-B2", seconds["plain light"])
+    show("our step, GCD + LAR", seconds["ours"], total / rate, seconds["plain"], "1.5 x")
+    show("  of that, our EfficientNet-B2", seconds["light"], 3 * forward / rate, seconds["plain light"])
+    show("  the rest", seconds["ours"] - seconds["light"], (total - 3 * forward) / rate, seconds["plain"] - seconds["plain light"])
+    show("our step, GCD alone", seconds["gcd"])
+    if DEVICE == "cuda":
+        show("our step, torch.compile", seconds["compiled"], total / rate, seconds["plain"])
 
 
-PARTS = {"blip": part_blip, "step": part_step}
+# ----------------------------------------------------------------------------------------------- 3. the pocket world
+def part_pocket():
+    """python train.py && python evaluate.py table, from nothing: where the seconds go."""
+    with tempfile.TemporaryDirectory() as folder:
+        marks = {"start": time.perf_counter()}
+        said = {"drawing the pocket world": "python and torch start", "24000 images": "drawing the world, listing its images",
+                "M trained parameters": "storing v and F^v", "wrote runs/pocket": "training"}  # fmt: skip
+        process = subprocess.Popen([sys.executable, "-u", ROOT / "train.py"], cwd=folder, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            for words, what in said.items():
+                if words in line:
+                    marks[what] = time.perf_counter()
+        if process.wait() != 0:
+            raise SystemExit("train.py failed")
+        subprocess.run([sys.executable, ROOT / "evaluate.py", "table"], cwd=folder, stdout=subprocess.DEVNULL, check=True)
+        marks["evaluation, with its galleries"] = time.perf_counter()
+    names, times = list(marks), list(marks.values())
+    spent = {name: after - before for name, before, after in zip(names[1:], times, times[1:], strict=False)}
+    for name, seconds in spent.items():
+        print(f"  {name:58s} {seconds:7.1f} s")
+    others = sum(spent.values()) - spent["training"]
+    print(f"  all but training: {others / spent['training']:.2f} of training (wanted: at most 1)")
+
+
+def part_pocket_step():
+    """A step of python train.py: 256 pocket images, one thread, and what its parts take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    blip = blip_lite.load("pocket")
+    encoder = light_encoders.build("pocketnet")
+    model = isa.QueryModel(encoder, isa.AdaptiveTokenLearner(encoder.out_channels, blip.word_dim)).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    pixels = torch.randn(256, 3, 64, 64)
+    with torch.no_grad():
+        v, F_v = blip.encode_image(pixels)
+
+    def step(stop=None):
+        """The loop's step, up to a part."""
+        with torch.autocast("cpu", torch.bfloat16):
+            feature_map = encoder(pixels)
+            if stop == "light encoder":
+                return
+            words, mask = isa.compose_query(blip, model.mapper(feature_map))
+            t = blip.encode_text(words, mask)
+        loss = isa.global_contrastive_distillation(v, t, blip.temperature)
+        if stop == "learner, text encoder, GCD":
+            return
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss + isa.local_alignment_regularization(blip, words, mask, F_v, v, t)
+        if stop == "LAR":
+            return
+        optimizer.zero_grad()
+        loss.backward()
+        if stop != "backward":
+            optimizer.step()
+
+    parts = ["light encoder", "learner, text encoder, GCD", "LAR", "backward", "optimizer"]
+    seconds = measure({part: partial(step, part) for part in parts}, 9)
+    for part, before in zip(parts, [None, *parts], strict=False):
+        show(part, seconds[part] - (seconds[before] if before else 0))
+    show("whole step", seconds["optimizer"])
+    torch.set_num_threads(threads)
+
+
+# ----------------------------------------------------------------------------------------------- 4. ranking
+def unit(rows, seed):
+    return F.normalize(torch.randn(rows, 256, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def cirr_in_public(q, gallery, names, references, targets, groups):
+    """R@K and Rs@K as the published evaluation scripts compute them: all names sorted for each query, then compared with names."""
+    ranked = names[torch.argsort(1 - q @ gallery.T, dim=-1).numpy()]  # [Q, N]
+    ranked = ranked[ranked != references[:, None]].reshape(len(q), -1)  # [Q, N-1]
+    labels = ranked == targets[:, None]
+    within = (ranked[..., None] == groups[:, None, :]).sum(-1).astype(bool)  # [Q, N-1]
+    group_labels = labels[within].reshape(len(q), -1)  # [Q, 5]
+    return {f"R@{k}": 100 * labels[:, :k].sum() / len(q) for k in (1, 5, 10, 50)} | {
+        f"Rs@{k}": 100 * group_labels[:, :k].sum() / len(q) for k in (1, 2, 3)
+    }
+
+
+def circo_in_public(q, gallery, names, targets):
+    """mAP@5 of one target a query: all names sorted, one query at a time (together they would take gigabytes)."""
+    precision = []
+    for row, target in zip(q, targets, strict=True):
+        found = np.flatnonzero(names[torch.argsort(1 - row @ gallery.T).numpy()][:5] == target)
+        precision.append(1 / (found[0] + 1) if len(found) else 0)
+    return {"mAP@5": 100 * sum(precision) / len(q)}
+
+
+def part_rank():
+    """From features to metrics at the sizes of CIRR val and CIRCO, against sorting all names as published scripts do."""
+    rate = peak(torch.float32)
+    for benchmark, count, size in (("cirr", 4181, 2297), ("circo", 800, 123_403)):
+        q, gallery = unit(count, 0), unit(size, 1)
+        names = np.array([f"image-{i}" for i in range(size)])
+        references, groups = names[np.arange(count) % size], names[(np.arange(count)[:, None] + np.arange(1, 6)) % size]
+        targets = groups[:, 2]
+        queries = [benchmarks.Query(str(i), references[i], [""], [targets[i]], groups[i].tolist()) for i in range(count)]
+        world = benchmarks.Benchmark(benchmark, "val", names.tolist(), {}, queries)
+
+        def ours(world=world, q=q, gallery=gallery):
+            subsets = benchmarks.rank_subsets(world, q, gallery) if world.name == "cirr" else None
+            return benchmarks.score(world, benchmarks.rank(world, q, gallery), subsets)
+
+        if benchmark == "cirr":
+            public = partial(cirr_in_public, q, gallery, names, references, targets, groups)
+        else:
+            public = partial(circo_in_public, q, gallery, names, targets)
+        found, wanted = ours(), public()
+        assert all(abs(found[metric] - value) < 0.1 for metric, value in wanted.items()), (found, wanted)
+        seconds = measure({"public": public, "ours": ours, "top_k": partial(benchmarks.top_k, q, gallery, 50)}, 3)
+        show(f"{benchmark}: {count} queries, {size} images, sorting names", seconds["public"])
+        show(f"{benchmark}: ours", seconds["ours"], None, seconds["public"], "10 x")
+        show("  of that, top_k", seconds["top_k"], 2 * 256 * count * size / rate)
+
+
+def part_large():
+    """10 million images x 256 in float16, from a file of 5 GB: exact top 50 against reading the file once."""
+    count = 10_000_000
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "gallery.npy")
+        with open(path, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (count, 256)})
+            offset = file.tell()
+            for seed in range(100):
+                unit(count // 100, seed).half().numpy().tofile(file)
+
+        def read():
+            for start in range(0, count, 4096):
+                np.fromfile(path, np.float16, 256 * min(4096, count - start), offset=offset + 512 * start)
+
+        for queries in (1, 16, 100):
+            q = unit(queries, 1000)
+            seconds = measure({"read": read, "ours": lambda q=q: benchmarks.top_k(q, path, 50)}, 3)
+            show("reading the file, from memory if it fits", seconds["read"])
+            relation = f"{seconds['ours'] / seconds['read']:.2f} x reading (wanted: at most 2)"
+            print(f"  {queries:4d} queries: {seconds['ours']:6.2f} s, {relation}")
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"  peak memory of this process: {memory:.2f} GiB (wanted: at most 1; run this part alone)")
+
+
+# ----------------------------------------------------------------------------------------------- 6. memory
+def part_memory():
+    """Peak memory of train.py on tar shards of 1,000, 10,000 and 100,000 made-up images, --cache full and none."""
+    picture = io.BytesIO()
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 255, (64, 64, 3), np.uint8)).save(picture, "JPEG")
+    data = picture.getvalue()
+    for count in (1_000, 10_000, 100_000):
+        with tempfile.TemporaryDirectory() as folder:
+            for shard in range(count // 1000):
+                with tarfile.open(f"{folder}/{shard:05d}.tar", "w") as tar:
+                    for i in range(1000):
+                        member = tarfile.TarInfo(f"{shard:05d}{i:04d}.jpg")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+            for cache in ("none", "full"):
+                command = [sys.executable, ROOT / "train.py", "--images", folder, "--cache", cache, "--name", cache]
+                command += ["--batch", "32", "--epochs", "1", "--threads", "1"]
+                process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+                log = Path(folder, "runs", cache, "log.jsonl")
+                while not (log.exists() and log.read_text()):  # written after 20 steps
+                    if process.poll() is not None:
+                        raise SystemExit("train.py failed")
+                    time.sleep(0.05)
+                process.send_signal(signal.SIGTERM)
+                _, _, usage = os.wait4(process.pid, 0)
+                stored = sum(path.stat().st_size for path in Path(folder, "cache").rglob("*.npy")) / 1e6
+                peak_memory = f"peak {usage.ru_maxrss / 1024:6.0f} MiB, {stored:6.0f} MB on disk"
+                print(f"  {count:7d} images, --cache {cache}: {peak_memory}", flush=True)
+
+
+PARTS = {"blip": part_blip, "step": part_step, "pocket": part_pocket, "pocket_step": part_pocket_step, "rank": part_rank,
+         "large": part_large, "memory": part_memory}  # fmt: skip
 
 
 def main():

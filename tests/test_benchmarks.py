@@ -382,13 +382,106 @@ def test_top_k_duplicates_and_chunks():
     query = unit(torch.randn(70, 256, generator=generator), dim=1)
     gallery = unit(torch.randn(1200, 256, generator=generator), dim=1)
     gallery = torch.cat([gallery, gallery[:777]])  # copies: in a float32 matmul some differ in the last bit
-    whole = benchmarks.top_k(query, gallery, 1977, chunk=70)
-    for chunk in (1, 2, 3, 7, 16, 64, 1000):
-        assert torch.equal(benchmarks.top_k(query, gallery, 1977, chunk=chunk), whole), chunk
+    whole = benchmarks.top_k(query, gallery, 1977)
+    for chunk in (64, 500, 1977):
         assert torch.equal(benchmarks.top_k(query, gallery, 50, chunk=chunk), whole[:, :50]), chunk
+    assert torch.equal(benchmarks.top_k(query, gallery, 1977, chunk=1000), whole)
     place = whole.argsort(dim=1)  # [70, 1977] rank of each gallery item
     assert (place[:, 1200:] - place[:, :777] == 1).all()  # each copy comes right after its original
     assert whole[:4].tolist() == brute_top_k(query[:4], gallery, 1977)
+
+
+def top_k_cases():
+    """Name -> query [Q, E], gallery [N, E], each hard in its own way for a float32 matmul that discards."""
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = torch.randn(6, 33, generator=generator), torch.randn(90, 33, generator=generator)
+    cases = {"random": (query, gallery), "all equal": (query, gallery[:1].repeat(90, 1))}
+    cases["copies"] = query, gallery[torch.randint(0, 9, (90,), generator=generator)]
+    cases["zeros"] = query * (torch.arange(6) % 2)[:, None], gallery * (torch.arange(90) % 3 > 0)[:, None]
+    cases["huge"] = query * 1e18, gallery * torch.logspace(0, 18, 90)[torch.randperm(90, generator=generator), None]
+    cases["overflow"] = query * 1e25, gallery * torch.logspace(-25, 17, 90).flip(0)[:, None]
+    cases["tiny"] = query * 1e-22, gallery * 1e-23  # products near float32's least positive number
+    # Neighbours in float32, whose sum passes through terms that are 2^20 times as large and cancel.
+    steps = 1 + torch.randperm(90, generator=generator) * 2.0**-23
+    large = torch.randn(90, 16, generator=generator) * 2**20
+    cases["one ulp"] = torch.ones(6, 33), torch.cat([large, steps[:, None], -large], dim=1)
+    return cases
+
+
+@pytest.mark.parametrize("name", top_k_cases())
+def test_top_k_is_exact(name):
+    query, gallery = top_k_cases()[name]
+    if name == "overflow":  # what passes float32's range ties, and keeps gallery order
+        assert (query.double() @ gallery.double().T > torch.finfo(torch.float32).max).any(1).all()
+    with np.errstate(over="ignore"):
+        whole, left = brute_top_k(query, gallery, 90), brute_top_k(query, gallery, 89, [0, 89, 5, -1, 44, 44])
+    for chunk in (1, 7, 40, 90, 4096):
+        for k in (1, 2, 13, 90):
+            assert benchmarks.top_k(query, gallery, k, chunk=chunk).tolist() == [row[:k] for row in whole], (chunk, k)
+            best = benchmarks.top_k(query, gallery, k, [0, 89, 5, -1, 44, 44], chunk).tolist()
+            assert best == [row[:min(k, 89)] for row in left], (chunk, k)
+
+
+def test_top_k_discards_only_what_it_may():
+    """Larger than a chunk: peaks and the running best both discard; near-ties and copies fill the cut at k."""
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(1030, 64, generator=generator)  # more than one block of queries
+    gallery = torch.randn(600, 64, generator=generator)
+    gallery = torch.cat([gallery, gallery * (1 + 2**-22), gallery, gallery * (1 - 2**-22)])
+    similarity = np.array([(query.numpy().astype(np.float64) * row).sum(1) for row in gallery.numpy()]).T
+    order = np.argsort(-similarity.astype(np.float32), axis=1, kind="stable")
+    for chunk in (130, 1000, 4096):
+        for k in (1, 10, 50):
+            assert (benchmarks.top_k(query, gallery, k, chunk=chunk).numpy() == order[:, :k]).all(), (chunk, k)
+    exclude = order[:, 3]  # one of the best is left out
+    rest = order[order != exclude[:, None]].reshape(1030, -1)[:, :10]
+    assert (benchmarks.top_k(query, gallery, 10, exclude, 500).numpy() == rest).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_top_k_dtypes(dtype):
+    query, gallery = top_k_cases()["random"]
+    query, gallery = query.to(dtype), gallery.to(dtype)
+    assert benchmarks.top_k(query, gallery, 9, chunk=20).tolist() == brute_top_k(query.double(), gallery.double(), 9)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_top_k_of_a_file(tmp_path, dtype):
+    query, gallery = top_k_cases()["copies"]
+    gallery, path = gallery.numpy().astype(dtype), tmp_path / "g.npy"
+    np.save(path, gallery)
+    for chunk in (1, 7, 90, 4096):
+        for file in (path, str(path)):
+            assert torch.equal(benchmarks.top_k(query, file, 20, [3] * 6, chunk),
+                               benchmarks.top_k(query, torch.from_numpy(gallery), 20, [3] * 6))
+    gallery[-1, -1] = np.inf
+    np.save(path, gallery)
+    with refused(ValueError, "NaN or infinity"):
+        benchmarks.top_k(query, path, 1, chunk=40)
+
+
+def test_top_k_refuses_files(tmp_path):
+    query, gallery = top_k_cases()["random"]
+    good = tmp_path / "good.npy"
+    np.save(good, gallery.numpy())
+    with refused(ValueError, "needs"):
+        benchmarks.top_k(query[:, 1:], good, 1)
+    with refused(FileNotFoundError, "no.npy is missing"):
+        benchmarks.top_k(query, tmp_path / "no.npy", 1)
+    write(tmp_path / "text.npy", "not an array")
+    write(tmp_path / "empty.npy", "")
+    (tmp_path / "cut.npy").write_bytes(good.read_bytes()[:-5])
+    (tmp_path / "folder.npy").mkdir()
+    np.save(tmp_path / "double.npy", gallery.numpy().astype(np.float64))
+    np.save(tmp_path / "fortran.npy", np.asfortranarray(gallery.numpy()))
+    np.save(tmp_path / "flat.npy", gallery.numpy()[0])
+    np.save(tmp_path / "big-endian.npy", gallery.numpy().astype(">f4"))
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "many.npz", gallery.numpy())
+    for path in tmp_path.iterdir():
+        if path != good:
+            with refused(ValueError, path.name, "write it again"):
+                benchmarks.top_k(query, path, 1)
 
 
 def test_top_k_refuses():
@@ -423,6 +516,9 @@ def test_rank_subsets_is_the_ranking_restricted(tmp_path):
         query, gallery = (torch.randint(-1, 2, (rows, 3), generator=generator).float() for rows in (2, 8))
         full, subsets = (f(benchmark, query, gallery) for f in (benchmarks.rank, benchmarks.rank_subsets))
         assert subsets == {q.id: [name for name in full[q.id] if name in q.subset] for q in benchmark.queries}
+    for bad in [(query[:, :1], gallery), (query[:1], gallery), (query, gallery * math.nan)]:
+        with refused(ValueError, "features"):
+            benchmarks.rank_subsets(benchmark, *bad)
 
 
 # -------------------------------------------------------------------------------------------------------- metrics
