@@ -27,7 +27,7 @@ import benchmarks
 import blip_lite
 import isa
 import light_encoders
-from blip_lite.features import autocast, image_features, pick_precision
+from blip_lite.features import autocast, image_features, keep_freed_memory, pick_precision, round_frozen_weights
 from blip_lite.images import list_images, load_images, open_image
 from pocket import world
 from pocket.specs import EDIT_KINDS
@@ -158,8 +158,11 @@ def require_images(benchmark):
 
 def open_blip(args):
     """The frozen BLIP that the options name, and the precision ("bf16" or "fp32") to run it in."""
+    keep_freed_memory()
     blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=args.device)
-    return blip, pick_precision(args.device) if args.precision == "auto" else args.precision
+    precision = pick_precision(args.device) if args.precision == "auto" else args.precision
+    round_frozen_weights(blip, precision)
+    return blip, precision
 
 
 # ---------------------------------------------------------------------------------------------- table

@@ -31,7 +31,16 @@ from tqdm import tqdm
 import blip_lite
 import isa
 import light_encoders
-from blip_lite.features import autocast, bytes_per_image, image_features, pick_precision, process, wait_for_all
+from blip_lite.features import (
+    autocast,
+    bytes_per_image,
+    image_features,
+    keep_freed_memory,
+    pick_precision,
+    process,
+    round_frozen_weights,
+    wait_for_all,
+)
 from blip_lite.images import find_images
 from pocket import world
 
@@ -323,6 +332,7 @@ def train(args):
     run, device = Path("runs") / args.name, torch.device(args.device)
     if (run / "last.pt").exists() and not (args.resume or args.overwrite):
         raise ValueError(f"{run} already holds a training; go on with --resume, replace it with --overwrite or give another --name")
+    keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     rank, processes = process()
@@ -332,6 +342,7 @@ def train(args):
     precision = pick_precision(device) if args.precision == "auto" else args.precision
     if args.resume and (run / "last.pt").exists() and args.precision == "auto":
         precision = read_checkpoint(run / "last.pt")["settings"]["precision"]
+    round_frozen_weights(blip, precision)
     settings = {**vars(args), "precision": precision}
     if rank == 0:
         print(" ".join(f"{k}={v}" for k, v in settings.items()))

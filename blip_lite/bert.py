@@ -61,9 +61,7 @@ class Attention(nn.Module):
 
     def forward(self, x, source, mask=None, rows=None):
         q, k, v = self.self.query(x), self.self.key(source), self.self.value(source)
-        if rows is not None:
-            k, v = k[rows], v[rows]  # [B, S, d] from [M, S, d]
-        return self.output(attention(q, k, v, mask), x)
+        return self.output(attention(q, k, v, mask, rows), x)
 
 
 class Intermediate(nn.Module):

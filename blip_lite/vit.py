@@ -11,14 +11,17 @@ from torch import nn
 HEAD_WIDTH = 64  # every published BLIP has heads of 64 channels: base 768 = 12 x 64, large 1024 = 16 x 64
 
 
-def attention(q, k, v, mask=None):
+def attention(q, k, v, mask=None, rows=None):
     """Scaled dot-product attention over several heads, softmax over the keys.
 
-    q [B, T, D], k and v [B, S, D], mask bool [B, S] (True = may be attended to) or None. Returns [B, T, D].
+    q [B, T, D], k and v [M, S, D], mask bool [B, S] (True = may be attended to) or None. Returns [B, T, D].
+    rows int64 [B]: whose keys and values each q looks at; by default M = B and its own.
     Where a CPU will have to run backward through it, the form that the papers print is faster at these lengths (in
     bfloat16 by far) than PyTorch's fused kernel, which is used everywhere else.
     """
-    q, k, v = (x.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for x in (q, k, v))  # [B, heads, T or S, 64]
+    q, k, v = (x.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for x in (q, k, v))  # [B or M, heads, T or S, 64]
+    if rows is not None:
+        k, v = k.contiguous()[rows], v.contiguous()[rows]  # [B, heads, S, 64] in memory, as the products below want them
     if q.is_cuda or not (torch.is_grad_enabled() and q.requires_grad):
         fused = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None, :])
         return fused.transpose(1, 2).flatten(2)  # [B, T, D]
