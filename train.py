@@ -34,6 +34,7 @@ import light_encoders
 from blip_lite.features import (
     autocast,
     bytes_per_image,
+    from_the_first,
     image_features,
     keep_freed_memory,
     pick_precision,
@@ -339,7 +340,7 @@ def train(args):
     if args.batch % processes:
         raise ValueError(f"--batch {args.batch} cannot be shared out among {processes} processes; give a multiple of {processes}")
     blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=device)
-    precision = pick_precision(device) if args.precision == "auto" else args.precision
+    precision = from_the_first(pick_precision(device)) if args.precision == "auto" else args.precision  # which is timed
     if args.resume and (run / "last.pt").exists() and args.precision == "auto":
         precision = read_checkpoint(run / "last.pt")["settings"]["precision"]
     round_frozen_weights(blip, precision)
@@ -391,7 +392,7 @@ def train(args):
     if rank == 0:
         logged = log_file.read_text().splitlines(keepends=True) if first and log_file.exists() else []
         log = log_file.open("w")
-        log.writelines(line for line in logged if json.loads(line)["step"] <= first)  # what a killed run did after it is done again
+        log.writelines(line for line in logged if json.loads(line)["step"] <= first)  # what a killed run did after is done again
     for step, sample in enumerate(bar, start=first):
         torch.manual_seed((args.seed * 1_000_003 + step) * processes + rank)  # LAR's negatives
         for group in optimizer.param_groups:

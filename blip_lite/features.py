@@ -95,6 +95,14 @@ def wait_for_all():
         dist.barrier()
 
 
+def from_the_first(value):
+    """What the first process holds."""
+    values = [value]
+    if process()[1] > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def image_features(blip, images, cache, maps=False, skip_bad=False, precision="fp32", batch_size=128, workers=1, what="images",
                    dtype=np.float16):  # fmt: skip
     """v, and with maps=True F^v, of every image of an ImageList, from `cache` or computed into it -> Features.
@@ -129,10 +137,7 @@ def _compute(blip, images, folder, maps, skip_bad, precision, batch_size, worker
             f"{kept} of {count} {what} take {size / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB free; "
             "choose another --cache-dir, store less or take fewer images"
         )
-    number = [os.getpid()]
-    if processes > 1:
-        dist.broadcast_object_list(number)
-    draft = folder.with_name(f"{folder.name}.{number[0]}.tmp")
+    draft = folder.with_name(f"{folder.name}.{from_the_first(os.getpid())}.tmp")
     try:
         if rank == 0:
             print(f"storing {kept} of {count} {what}: {size / 1e9:.2f} GB in {folder}", flush=True)

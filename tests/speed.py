@@ -241,7 +241,7 @@ def part_pocket():
     """python train.py && python evaluate.py table, from nothing: where the seconds go."""
     with tempfile.TemporaryDirectory() as folder:
         marks = {"start": time.perf_counter()}
-        said = {"drawing the pocket world": "python and torch start", "24000 images": "drawing the world, listing its images",
+        said = {"drawing the pocket world": "python and torch start", "24000 images: v": "drawing the world, listing its images",
                 "M trained parameters": "storing v and F^v", "wrote runs/pocket": "training"}  # fmt: skip
         process = subprocess.Popen([sys.executable, "-u", ROOT / "train.py"], cwd=folder, stdout=subprocess.PIPE, text=True)
         for line in process.stdout:

@@ -1,14 +1,18 @@
 """blip_lite/features.py: what it stores equals what BLIP says, is never stale, and leaves nothing behind when it fails."""
 
+import copy
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from blip_lite import features
@@ -258,6 +262,42 @@ def test_precision_is_the_clearly_faster_one(monkeypatch, faster, picked):
 
     monkeypatch.setattr(features.time, "perf_counter", now)
     assert features.pick_precision("cpu") == picked
+
+
+def test_rounded_weights_give_what_autocast_gives(blip, images):
+    pixels = torch.stack([blip.preprocess(Image.open(path)) for path in images[:2]])
+    rounded = copy.deepcopy(blip.blip)
+    features.round_frozen_weights(rounded, "fp32")
+    assert all(torch.equal(x, rounded.state_dict()[name]) for name, x in blip.blip.state_dict().items())
+    features.round_frozen_weights(rounded, "bf16")
+    answers = []
+    with torch.no_grad(), features.autocast("cpu", "bf16"):
+        for b in (blip.blip, rounded):
+            ids, mask = b.tokenize(["a red cat", "a dog"])
+            v, F_v = b.encode_image(pixels)
+            words = b.embed_words(ids)
+            answers.append([v, F_v, b.encode_text(words, mask), b.match(words, mask, F_v)])
+    assert all(torch.equal(x, y) for x, y in zip(*answers, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept():
+    """64 MiB taken and freed twenty times: by default the kernel is asked for 16,384 pages each time, then only at first."""
+    script = """if True:
+        import resource, sys, torch
+        from blip_lite.features import keep_freed_memory
+        if sys.argv[1] == "keep":
+            keep_freed_memory()
+        for _ in range(20):
+            torch.ones(2**24)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"""
+    faults = {}
+    for how in ("default", "keep"):
+        done = subprocess.run([sys.executable, "-c", script, how], cwd=ROOT, capture_output=True, text=True)
+        faults[how] = int(done.stdout)
+    if faults["default"] < 200_000:
+        pytest.skip("this C library or kernel does not take pages one by one")
+    assert faults["keep"] < faults["default"] - 200_000
 
 
 def test_autocast():
