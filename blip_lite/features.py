@@ -160,7 +160,7 @@ def _compute(blip, images, folder, maps, skip_bad, precision, batch_size, worker
                     with torch.no_grad(), autocast(device, precision):
                         v, F_v = blip.encode_image(pixels.to(device, non_blocking=True), cls_only=not maps)
                     for name, x in zip(files, (v, F_v), strict=False):
-                        files[name].write(rows, x.float().cpu().numpy())
+                        files[name].write(rows, x.cpu().float().numpy())
                 bar.update(len(rows) + len(damaged))
         (draft / f"bad{rank}.json").write_text(json.dumps(bad))
         wait_for_all()

@@ -33,6 +33,8 @@ from torchvision import models
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from test_blip_lite import filled, hugging_face  # noqa: E402
+
 import benchmarks  # noqa: E402
 import blip_lite  # noqa: E402
 import isa  # noqa: E402
@@ -88,14 +90,8 @@ def show(what, seconds, floor=None, against=None, wanted=None):
 
 # ----------------------------------------------------------------------------------------------- 1. frozen BLIP at full size
 def blip_base(device=DEVICE):
-    """(ours, transformers'): BLIP ViT-B of 224 px with the same random weights, frozen."""
-    from transformers import BlipConfig, BlipForImageTextRetrieval, BlipTextConfig, BlipVisionConfig
-
-    torch.manual_seed(0)
-    text = BlipTextConfig(vocab_size=30524, num_attention_heads=12, num_hidden_layers=12, layer_norm_eps=1e-12, hidden_act="gelu")
-    vision = BlipVisionConfig(image_size=224, patch_size=16, num_hidden_layers=12, layer_norm_eps=1e-6, hidden_act="gelu")
-    config = BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), image_text_hidden_size=256)
-    theirs = BlipForImageTextRetrieval(config).eval().requires_grad_(False)
+    """(ours, transformers'): BLIP ViT-B of 224 px with the same made-up weights, frozen."""
+    theirs = filled(hugging_face(224, 12, 30524)).requires_grad_(False)
     state = {_our_name(name): x for name, x in theirs.state_dict().items() if not name.endswith("position_ids")}
     state["temp"] = torch.tensor(0.07)
     ours = blip_lite.Blip(infer_sizes(state, 224), blip_lite.Tokenizer(POCKET / "vocab.txt"))
