@@ -44,7 +44,9 @@ CEILINGS = {  # the same through captions of what the pocket world really drew: 
     "reference caption": "what the light encoder would have to say",
     "target caption": "what the modifier is about",
 }
-METHODS = (*SIMPLE, "isa", *CEILINGS)
+CHECKPOINTS = {"isa": "checkpoint", "pic2word": "pic2word", "searle": "searle"}  # query models -> the options that name their files
+METHODS = (*SIMPLE, *CHECKPOINTS, "searle-oti", *CEILINGS)
+DEFAULT_METHODS = (*SIMPLE, "isa", *CEILINGS)
 
 
 def modifiers(query):
@@ -71,17 +73,20 @@ def encode_queries(encode, queries, precision, device, batch_size=256):
 
 
 @torch.no_grad()
-def sentence_tokens(query_model, paths, precision, device, workers):
-    """Image files -> U [M, L, d_w], what a phone would send for each."""
+def through_query_model(query_model, paths, precision, device, workers):
+    """Image files -> U [M, L, d_w], what a phone would send for each, and v [M, E] where the model serves the gallery too."""
     preprocess = partial(light_encoders.preprocess, query_model.encoder)
-    out = []
+    two_sided = isinstance(query_model, baselines.TwoSidedModel)
+    sentences, features = [], []
     batches = load_images(list_images(paths), preprocess, 128, workers)
     for _, pixels, bad in tqdm(batches, desc="sentences", unit="batch", leave=False, disable=None):
         if bad:
             raise ValueError(next(iter(bad.values())))
         with autocast(device, precision):
-            out.append(query_model(pixels.to(device)).float())
-    return torch.cat(out)
+            U, v = query_model(pixels.to(device))[:2] if two_sided else (query_model(pixels.to(device)), None)
+        sentences.append(U.float())
+        features.append(v)
+    return torch.cat(sentences), torch.cat(features).cpu() if two_sided else None
 
 
 class Setting:
@@ -89,6 +94,7 @@ class Setting:
 
     def __init__(self, blip, benchmark, args, precision):
         self.blip, self.benchmark, self.precision, self.workers = blip, benchmark, precision, args.workers
+        self.sentences = getattr(args, "sentences", None)
         extra = {query.reference for query in benchmark.queries} - set(benchmark.gallery)
         self.names = [*benchmark.gallery, *sorted(extra)]
         self.place = {name: i for i, name in enumerate(self.names)}
@@ -112,12 +118,13 @@ class Setting:
     def query_features(self, method, query_model=None, prompt="a photo of"):
         """Features [Q, E] of every query by a method of METHODS; None where the method does not apply to this data."""
         blip, device = self.blip, self.blip.temp.device
-        if method == "isa":
-            used = sorted(set(self.references.tolist()))
-            paths = [self.benchmark.paths[self.names[i]] for i in used]
-            U = sentence_tokens(query_model, paths, self.precision, device, self.workers)  # [R, L, d_w]
-            row = {place: i for i, place in enumerate(used)}
-            own = torch.tensor([row[place] for place in self.references.tolist()])  # [Q]
+        if method in CHECKPOINTS or method == "searle-oti":
+            used, own = self.references.unique(return_inverse=True)  # [R], [Q]
+            if method == "searle-oti":
+                U = self.invert(self.v[used].to(device))  # [R, 1, d_w]
+            else:
+                paths = [self.benchmark.paths[self.names[i]] for i in used.tolist()]
+                U, _ = through_query_model(query_model, paths, self.precision, device, self.workers)  # [R, L, d_w]
 
             def encode(rows, words):
                 return blip.encode_text(*isa.compose_query(blip, U[own[rows].to(device)], words, prompt))
@@ -140,10 +147,20 @@ class Setting:
 
         return encode_queries(encode, self.benchmark.queries, self.precision, device)
 
-    def rank(self, q, k=50):
-        """Query features -> rankings, and CIRR's subset rankings (else None)."""
-        subsets = benchmarks.rank_subsets(self.benchmark, q, self.gallery) if self.benchmark.name == "cirr" else None
-        return benchmarks.rank(self.benchmark, q, self.gallery, k), subsets
+    def invert(self, v):
+        """SEARLE's optimization-based inversion of images, given by v [R, E] -> words [R, 1, d_w]; minutes."""
+        regularize = baselines.TextRegularization(self.blip, self.sentences, precision=self.precision)
+        return baselines.invert(self.blip, v, regularize, precision=self.precision)
+
+    def rank(self, q, query_model=None, k=50):
+        """Query features -> rankings, and CIRR's subset rankings (else None). The gallery's features are the frozen BLIP's, unless
+        the query model was trained for both sides."""
+        gallery = self.gallery
+        if isinstance(query_model, baselines.TwoSidedModel):
+            paths = [self.benchmark.paths[name] for name in self.benchmark.gallery]
+            _, gallery = through_query_model(query_model, paths, self.precision, self.blip.temp.device, self.workers)
+        subsets = benchmarks.rank_subsets(self.benchmark, q, gallery) if self.benchmark.name == "cirr" else None
+        return benchmarks.rank(self.benchmark, q, gallery, k), subsets
 
 
 def require_images(benchmark):
@@ -196,7 +213,7 @@ def summarize(results):
 def table(args):
     opened = open_benchmarks(args)
     blip, precision = open_blip(args)
-    models = [load_query_model(path, blip) for path in args.checkpoint] if "isa" in args.methods else []
+    models = {m: [load_query_model(path, blip) for path in getattr(args, CHECKPOINTS[m])] for m in CHECKPOINTS if m in args.methods}
     settings = {k: v for k, v in vars(args).items() if isinstance(v, str | int | float | list | None)}
     report = {"settings": {**settings, "precision": precision, "blip_fingerprint": blip.fingerprint}, "results": {}}
     picture = None
@@ -204,15 +221,15 @@ def table(args):
     for benchmark in opened:
         setting = Setting(blip, benchmark, args, precision)
         for method in tqdm(args.methods, desc=f"{benchmark.name} {benchmark.category or ''}", leave=False, disable=None):
-            runs = models if method == "isa" else [(None, {"prompt": "a photo of"})]
+            runs = models.get(method, [(None, {"prompt": "a photo of"})])
             for seed, (model, trained) in enumerate(runs):
                 q = setting.query_features(method, model, trained["prompt"])
                 if q is None:
                     continue
-                rankings, subsets = setting.rank(q)
+                rankings, subsets = setting.rank(q, model)
                 result = [f(benchmark, rankings, subsets) for f in (benchmarks.score, benchmarks.score_by_kind)]
                 scores.setdefault(benchmark.name, {}).setdefault(method, {}).setdefault(seed, []).append(result)
-                if method == "isa" and picture is None:
+                if method == "isa" and picture is None and args.picture:
                     picture = draw_picture(setting, rankings)
     for name, methods in scores.items():
         rows = {}
@@ -240,13 +257,13 @@ def print_table(name, rows, args):
     metrics = [m for m in next(iter(rows.values()))["all"] if m[:2] != "Rs" and not (name == "circo" and m[0] == "R")]
     kinds = [k for k in EDIT_KINDS if k in next(iter(rows.values()))]
     titles = [*metrics, *(f"{HEADLINE[name]} {kind}" for kind in kinds)]
-    spread = len(args.checkpoint) > 1
-    seeds = f", isa: mean ± standard deviation of {len(args.checkpoint)} seeds" if spread else ""
+    spread = any(method in rows and len(getattr(args, option)) > 1 for method, option in CHECKPOINTS.items())
+    seeds = ", mean ± standard deviation over seeds where there are several" if spread else ""
     print(f"\n{name} ({args.split or 'test'}), percent{seeds}")
     print(f"{'method':18s}" + "".join(f"{t:>{max(8, len(t) + 2) + 6 * spread}s}" for t in titles))
     for method, parts in rows.items():
         values = [parts["all"][m] for m in metrics] + [parts[k][HEADLINE[name]] for k in kinds]
-        cells = [f"{mean:.2f} ± {sd:.2f}" if spread and method == "isa" else f"{mean:.2f}" for mean, sd in values]
+        cells = [f"{mean:.2f} ± {sd:.2f}" if spread and method in CHECKPOINTS else f"{mean:.2f}" for mean, sd in values]
         print(f"{method:18s}" + "".join(f"{c:>{max(8, len(t) + 2) + 6 * spread}s}" for c, t in zip(cells, titles, strict=True)))
 
 
@@ -319,7 +336,7 @@ def submit(args):
     document, subset_document = {}, {}
     for benchmark in parts:
         setting = Setting(blip, benchmark, args, precision)
-        rankings, subsets = setting.rank(setting.query_features("isa", model, trained["prompt"]))
+        rankings, subsets = setting.rank(setting.query_features("isa", model, trained["prompt"]), model)
         document |= benchmarks.predictions(benchmark, rankings)
         if subsets is not None:
             subset_document = benchmarks.predictions(benchmark, subsets, "recall_subset")
@@ -376,9 +393,13 @@ def parse_args(argv=None):
     p.add_argument("--data", help="root of the benchmark (of all three: their common parent); default: the pocket world")
     p.add_argument("--split", help="val, test, test1, ...; default: test, with targets only in the pocket world")
     p.add_argument("--checkpoint", nargs="+", default=["runs/pocket/isa.pt"], help="isa.pt; several = seeds of one setting")
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT_METHODS), help="isa: any checkpoint of train.py; "
+                   "searle-oti inverts each reference image, which takes minutes")
+    p.add_argument("--pic2word", nargs="+", default=["runs/pic2word/isa.pt"], help="its checkpoint or checkpoints")
+    p.add_argument("--searle", nargs="+", default=["runs/searle/isa.pt"], help="its checkpoint or checkpoints")
+    p.add_argument("--sentences", default="pocket/sentences.json", help="for searle-oti: JSON, concept -> list of sentences")
     p.add_argument("--json", default="runs/table.json", help="the table with its settings")
-    p.add_argument("--picture", default="runs/retrieved.png", help="some queries and what ISA found")
+    p.add_argument("--picture", default="runs/retrieved.png", help='some queries and what ISA found; "" = none')
     models(p)
 
     p = command("score", score, "score a prediction file; needs annotations only", True)

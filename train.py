@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision import transforms
 from tqdm import tqdm
 
+import baselines
 import blip_lite
 import isa
 import light_encoders
@@ -46,13 +47,14 @@ from blip_lite.images import find_images
 from pocket import world
 
 PRESETS = {
-    "pocket": dict(blip="pocket", images="data/pocket/train", encoder="pocketnet", image_size=None, epochs=4, batch=256,
+    "pocket": dict(blip="pocket", images="data/pocket/train", encoder="pocketnet", image_size=None, epochs=2, batch=128,
                    lr=2e-3, crop=1.0, flip=False, randaugment=0, name="pocket", cache="full"),
     "paper": dict(blip=None, images=None, encoder="efficientnet_b2", image_size=224, epochs=20, batch=320, lr=3e-4, crop=0.5,
                   flip=True, randaugment=5, name="paper", pretrained="imagenet", cache="none"),
 }  # fmt: skip
 MAY_CHANGE = {"name", "images", "cache", "cache_dir", "workers", "threads", "resume", "overwrite", "device", "save_every", "blip",
               "vocab", "compile"}  # fmt: skip
+MAPPERS = ("atl", "st", "atl-no-ca", "atl-no-sa", "mlp")
 RUN = 1000  # images that follow each other on disk and stay together when an epoch is shuffled, up to --shuffle-buffer
 
 
@@ -72,13 +74,22 @@ def parse_args(argv=None):
                       "close together, for shards on slow or distant disks; the numbers are held, not the images")
     data.add_argument("--skip-bad-images", action="store_true", help="go on even if more than 1 %% of the images are damaged")
     query = p.add_argument_group("query model")
-    query.add_argument("--encoder", choices=light_encoders.NAMES, help="the light network; blip = symmetric (Tables 2-4)")
+    query.add_argument("--encoder", choices=light_encoders.NAMES, help="the light network; blip = BLIP's own, frozen (Sym, "
+                       "Tables 2-4); blip-tuned = a trained copy of it (Table 7, dagger); blip-v = BLIP's v alone (Pic2Word)")
+    query.add_argument("--query-size", type=int, help="side in pixels that the light network sees (default: its own)")
     query.add_argument("--pretrained", help='"imagenet", or a state dict for the encoder; the paper starts from ImageNet')
     query.add_argument("--no-pretrained", dest="pretrained", action="store_const", const=None, help="random start (* in Table 6)")
+    query.add_argument("--mapper", choices=MAPPERS, default="atl", help="adaptive token learner, simple tokenizer, the learner "
+                       "without cross- or self-attention, or one word by an MLP with --tokens 1 (Tables 5, 11, 18-20)")
     query.add_argument("--tokens", type=int, default=6, help="L, the length of the sentence (Figure 3)")
     query.add_argument("--prompt", default="a photo of", help="what precedes the sentence tokens")
+    query.add_argument("--gallery", choices=("blip", "query"), default="blip", help="whose features the gallery has: BLIP's, "
+                       "or those of the query side's own encoder, which then is trained for both (Tables 7, 13)")
     recipe = p.add_argument_group("recipe")
-    recipe.add_argument("--loss", choices=("gcd+lar", "gcd", "lar"), default="gcd+lar", help="Eq. 8, or one term (Table 8)")
+    recipe.add_argument("--loss", choices=("gcd+lar", "gcd", "lar", "gcd+llm"), default="gcd+lar", help="Eq. 8, one term of it, or "
+                        "SEARLE's text regularization in place of LAR (Tables 8, 14)")
+    recipe.add_argument("--lar-weight", type=float, default=1.0, help="of LAR beside GCD; the paper's Eq. 8 has 1")
+    recipe.add_argument("--sentences", default="pocket/sentences.json", help="for gcd+llm: JSON, concept -> list of sentences")
     recipe.add_argument("--epochs", type=int, help="a quarter is linear warm-up, the rest cosine annealing")
     recipe.add_argument("--batch", type=int, help="images a step, of all processes together: more negatives for GCD, more memory")
     recipe.add_argument("--lr", type=float, help="peak learning rate of AdamW; a short run wants more than the paper's 3e-4")
@@ -106,6 +117,12 @@ def parse_args(argv=None):
             p.error(f"--{name.replace('_', '-')} has to be at least {least}, not {getattr(args, name)}")
     if args.lr <= 0 or not math.isfinite(args.lr) or not 0 < args.crop <= 1:
         p.error(f"--lr has to be positive and --crop in (0, 1], not {args.lr} and {args.crop}")
+    if args.query_size is not None and args.query_size < 1:
+        p.error(f"--query-size has to be at least 1, not {args.query_size}")
+    if args.lar_weight < 0 or not math.isfinite(args.lar_weight):
+        p.error(f"--lar-weight has to be at least 0, not {args.lar_weight}")
+    if args.mapper == "mlp" and args.tokens != 1:
+        p.error(f"--mapper mlp makes one word: give --tokens 1, not {args.tokens}")
     if args.randaugment > 30:
         p.error(f"--randaugment has to be at most 30, not {args.randaugment}")
     try:
@@ -120,9 +137,17 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------------------------------------------- the query side
 def build_query_model(settings, blip, pretrained=None):
-    """The light encoder and the adaptive token learner that the settings (a dict of the options) describe."""
-    encoder = light_encoders.build(settings["encoder"], pretrained, blip)
-    return isa.QueryModel(encoder, isa.AdaptiveTokenLearner(encoder.out_channels, blip.word_dim, settings["tokens"]))
+    """The light encoder and the mapper that the settings (a dict of the options) describe."""
+    encoder = light_encoders.build(settings["encoder"], pretrained, blip, settings["query_size"])
+    if settings["mapper"] in MAPPERS[:4]:
+        parts = {"self_attention": settings["mapper"] in ("atl", "atl-no-ca"),
+                 "cross_attention": settings["mapper"] in ("atl", "atl-no-sa")}  # fmt: skip
+        mapper = isa.AdaptiveTokenLearner(encoder.out_channels, blip.word_dim, settings["tokens"], **parts)
+    else:
+        mapper = {"mlp": baselines.MLP, "phi": baselines.Phi}[settings["mapper"]](encoder.out_channels, blip.word_dim)
+    if settings["gallery"] == "query":
+        return baselines.TwoSidedModel(encoder, mapper, blip)
+    return isa.QueryModel(encoder, mapper)
 
 
 def read_checkpoint(path):
@@ -313,9 +338,9 @@ def open_images(args, blip, precision):
         wait_for_all()  # the first process makes the list, the others find it
         sizes = [size * len(images) / 1e9 for size in bytes_per_image(blip)]
         print(f"{len(images)} images: v {sizes[0]:.3g} GB, F^v {sizes[1]:.3g} GB; --cache {args.cache}")
-    if args.cache == "none":
+    if args.cache == "none" or args.gallery == "query":
         return images, None, []
-    maps = args.cache == "full" and args.loss != "gcd"
+    maps = args.cache == "full" and "lar" in args.loss
     features = image_features(blip, images, args.cache_dir, maps, skip_bad=True, precision=precision, workers=args.workers,
                               what="training images")  # fmt: skip
     if rank == 0:
@@ -343,6 +368,8 @@ def train(args):
     precision = from_the_first(pick_precision(device)) if args.precision == "auto" else args.precision  # which is timed
     if args.resume and (run / "last.pt").exists() and args.precision == "auto":
         precision = read_checkpoint(run / "last.pt")["settings"]["precision"]
+    torch.manual_seed(args.seed)
+    query_model = build_query_model(vars(args), blip, args.pretrained).to(device).train()  # before BLIP's weights are rounded
     round_frozen_weights(blip, precision)
     settings = {**vars(args), "precision": precision}
     if rank == 0:
@@ -354,10 +381,11 @@ def train(args):
     if batch < 2 * processes:
         raise ValueError(f"{args.images}: holds {count} readable images, training needs at least two for each process")
     steps = args.epochs * (count // batch)
-    looks = args.cache == "none" or (args.cache == "global" and args.loss != "gcd")  # BLIP has to look at every image at every step
+    needs_maps = "lar" in args.loss
+    looks = args.gallery == "blip" and (args.cache == "none" or (args.cache == "global" and needs_maps))  # BLIP, at every step
+    if args.loss == "gcd+llm":
+        text_regularization = baselines.TextRegularization(blip, args.sentences, precision=precision)
 
-    torch.manual_seed(args.seed)
-    query_model = build_query_model(settings, blip, args.pretrained).to(device).train()
     parameters = [p for p in query_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     first = 0
@@ -402,29 +430,38 @@ def train(args):
         )
         if looks:
             with torch.no_grad(), autocast(device, precision):
-                v, F_v = blip.encode_image(blip_pixels, cls_only=args.loss == "gcd")  # [b, E], [b, 1+N, D]
+                v, F_v = blip.encode_image(blip_pixels, cls_only=not needs_maps)  # [b, E], [b, 1+N, D]
 
         with autocast(device, precision):
-            U = speak(pixels)  # [b, L, d_w]
+            if args.gallery == "query":
+                U, v, F_v = speak(pixels)
+            else:
+                U = speak(pixels)  # [b, L, d_w]
             words, mask = isa.compose_query(blip, U, prompt=args.prompt)
             t = blip.encode_text(words, mask)  # [b, E]
         gcd = isa.global_contrastive_distillation(gather(v.float()), gather(t), blip.temperature)  # of all B, the same everywhere
-        lar, matched = torch.zeros((), device=device), float("nan")
-        if args.loss != "gcd" and torch.isfinite(gcd):
+        lar = llm = torch.zeros((), device=device)
+        matched = float("nan")
+        if needs_maps and torch.isfinite(gcd):
             with autocast(device, precision):  # negatives within the process, as in BLIP's own pre-training
                 lar, logits, labels = isa.local_alignment_regularization(blip, words, mask, F_v.float(), v, t, return_logits=True)
             matched = (logits.argmax(1) == labels).float().mean()
+        if args.loss == "gcd+llm":
+            with autocast(device, precision):
+                llm = text_regularization(U, v.float())
         # Eq. 8. The gradients are averaged over the processes, but the parts of GCD's (see gather) are to be added up
-        loss = {"gcd+lar": gcd * processes + lar, "gcd": gcd * processes, "lar": lar}[args.loss]
+        loss = (gcd * processes if "gcd" in args.loss else 0) + args.lar_weight * lar + llm
 
-        gcd, lar, matched, stopped = agree(gcd.detach(), lar.detach(), matched, len(stop))
-        if not math.isfinite(gcd + lar):
-            raise ValueError(f"the loss is {gcd + lar} at step {step}; lower --lr and start anew with --overwrite")
+        gcd, lar, llm, matched, stopped = agree(gcd.detach(), lar.detach(), llm.detach(), matched, len(stop))
+        total = (gcd if "gcd" in args.loss else 0) + args.lar_weight * lar + llm
+        if not math.isfinite(gcd + lar + llm):
+            raise ValueError(f"the loss is {gcd + lar + llm} at step {step}; lower --lr and start anew with --overwrite")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
-        row = {"loss": {"gcd+lar": gcd + lar, "gcd": gcd, "lar": lar}[args.loss], "gcd": gcd, "lar": lar, "matched": matched}
+        row = {"loss": total, "gcd": gcd}
+        row |= {"lar": lar, "matched": matched} if needs_maps else {"llm": llm} if args.loss == "gcd+llm" else {}
         for i, why in sample["damaged"].items():
             print(f"skipped: {why}", file=sys.stderr)
             damaged.add(i)

@@ -5,10 +5,11 @@ tokens. The encoder starts from word vectors, not ids: that is where ISA's sente
 those of the official checkpoints. B texts, T tokens, d width, S image tokens of width D.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .vit import attention
+from .vit import HEAD_WIDTH, attention
 
 EPS = 1e-12  # BERT's LayerNorm epsilon; the ViT's is 1e-6
 
@@ -115,3 +116,15 @@ class TextEncoder(nn.Module):
         for layer in layers:
             x = layer(x, mask, image_tokens, rows)
         return last(x, mask, image_tokens, rows, n=1)[:, 0]
+
+    def attention_maps(self, words, mask):
+        """Text mode, for figures: how much each token attends to each other. -> [B, layers, heads, T, T], rows sum to 1."""
+        x, mask = self.embeddings(words), mask.bool()
+        maps = []
+        for layer in self.encoder.layer:
+            asked = layer.attention.self
+            q, k = (f(x).unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for f in (asked.query, asked.key))  # [B, heads, T, 64]
+            scores = q @ k.transpose(-2, -1) * HEAD_WIDTH**-0.5  # [B, heads, T, T]
+            maps.append(scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min).softmax(dim=-1))
+            x = layer(x, mask)
+        return torch.stack(maps, dim=1)

@@ -1,6 +1,6 @@
 """Pre-train pocket BLIP from nothing on drawn pairs: image-text contrast (ITC) and image-text matching (ITM), as BLIP does.
 
-    python -m pocket.pretrain --steps 4000 --out pocket/blip.pth      # the committed weights; resumes where it was stopped
+    python -m pocket.pretrain --out pocket/blip.pth      # the committed weights; resumes where it was stopped
 
 Pairs are drawn anew at every step (pocket.specs.pretraining_pair), so nothing is seen twice and no set has to be stored. What
 differs from BLIP's own recipe: no momentum encoder and no queue (a batch of 192 is large beside a world this small), no decoder
@@ -30,6 +30,8 @@ SIZES = dict(image_size=64, patch_size=8, stem=True, image_width=128, image_dept
 WARMUP = 200  # steps
 LATE_AT = 1750  # the step from which captions also correct themselves at length
 HARD_AT = 2000  # the step from which negatives for matching are as hard as BLIP's
+FINE_LR = 0.5  # of the peak, at the first of them
+FINE_AT = 4000  # the step from which batches hold twins, and matching sees captions that are wrong in one thing
 
 
 def new_model(tokenizer, sizes=SIZES):
@@ -65,22 +67,42 @@ def by_length(encode, words, mask, *images):
     return torch.cat(parts)[order.argsort()]
 
 
-def matching_loss(blip, words, mask, F_v, similarity, true, hardness):
-    """ITM on half of the batch: each pair, its text with a hard image, its image with a hard text -> loss, accuracy.
+def draw_negatives(similarity, true, hardness, count):
+    """For texts 0 .. count a wrong image, for images 0 .. count a wrong text, of a batch: int64 [count] and [count].
 
-    similarity [B, B] (text, image) / temperature. Negatives are drawn with probability softmax(hardness * similarity):
-    from hardness 0, where all are alike, to 1, BLIP's own. With hard ones from the start the head never leaves the majority
-    answer.
+    similarity [B, B] (text, image) / temperature. They are drawn with probability softmax(hardness * similarity): from
+    hardness 0, where all are alike, to 1, BLIP's own. With hard ones from the start the head never leaves the majority answer.
     """
-    half = len(words) // 2
     weights = (hardness * similarity.detach()).masked_fill(true, -1e4)
-    image = torch.multinomial(weights[:half].softmax(1) + 1e-8, 1)[:, 0]  # a hard image for texts 0..half
-    text = torch.multinomial(weights[:, :half].T.softmax(1) + 1e-8, 1)[:, 0]  # a hard text for images 0..half
-    own = torch.arange(half)
-    texts, images = torch.cat([own, own, text]), torch.cat([own, image, own])
+    image = torch.multinomial(weights[:count].softmax(1) + 1e-8, 1)[:, 0]
+    text = torch.multinomial(weights[:, :count].T.softmax(1) + 1e-8, 1)[:, 0]
+    return image, text
+
+
+def matching_loss(blip, words, mask, F_v, texts, images, labels):
+    """ITM on pairs: text texts[i] of words [*, T, d_w] with image images[i] of F_v [B, 1+N, D] -> loss, accuracy."""
     logits = by_length(blip.match, words[texts], mask[texts], F_v[images])
-    labels = torch.cat([torch.ones(half), torch.zeros(2 * half)]).long()
     return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
+
+
+def coarse_pairs(similarity, true, hardness):
+    """Half of the batch: each pair, its text with a hard image, its image with a hard text -> texts, images, labels [3B/2]."""
+    half = len(true) // 2
+    own = torch.arange(half)
+    image, text = draw_negatives(similarity, true, hardness, half)
+    labels = torch.cat([torch.ones(half), torch.zeros(2 * half)]).long()
+    return torch.cat([own, own, text]), torch.cat([own, image, own]), labels
+
+
+def fine_pairs(similarity, true, wrong):
+    """The whole batch: each pair, each image with a caption that is wrong in one thing (texts B .. 2B; where there is none, with
+    a hard text), and a quarter of the texts with a hard image, of the images with a hard text -> texts, images, labels [5B/2]."""
+    size, few = len(true), len(true) // 4
+    own = torch.arange(size)
+    image, text = draw_negatives(similarity, true, 1.0, size)
+    texts = torch.cat([own, torch.where(wrong, size + own, text), own[:few], text[:few]])
+    images = torch.cat([own, own, image[:few], own[:few]])
+    return texts, images, (torch.arange(len(texts)) < size).long()
 
 
 @torch.no_grad()
@@ -129,8 +151,11 @@ def validate(blip, count=1000, seed=0):
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up, a plateau, linear to zero over the last 30 %: until then `steps` may still be changed without a jump."""
-    return peak * min(1, (step + 1) / WARMUP, (steps - step) / (0.3 * steps))
+    """Linear warm-up, a plateau, linear to zero over the last 30 %; then half the peak, linear to zero over the fine steps."""
+    if step < FINE_AT:
+        steps = min(steps, FINE_AT)
+        return peak * min(1, (step + 1) / WARMUP, (steps - step) / (0.3 * steps))
+    return peak * FINE_LR * min((step - FINE_AT + 1) / WARMUP, (steps - step) / (steps - FINE_AT))
 
 
 def batch(rng, size, tokenizer, mix=EARLY_MIX):
@@ -139,9 +164,25 @@ def batch(rng, size, tokenizer, mix=EARLY_MIX):
     return to_pixels(specs), *tokenizer(list(captions)), torch.from_numpy(language.holds(facts, specs))
 
 
+def fine_batch(rng, size, tokenizer, mix=LATE_MIX):
+    """size pairs, a third of them twins of another third: images that differ in one thing, each with a caption of its own.
+
+    -> pixels [B, 3, 64, 64], ids and mask [2B, T], true [B, B], wrong [B]. Text B+i is a caption of image i that is wrong in one
+    thing, where wrong[i]: for few there is none.
+    """
+    rows = [language.pretraining_example(rng, mix) for _ in range(size - size // 3)]
+    twins = [language.twin(spec, rng) for spec, *_ in rows[: size // 3]]
+    rows = [*rows[: size // 3], *(language.described(spec, rng) for spec in twins), *rows[size // 3 :]]
+    rng.shuffle(rows)
+    specs, captions, facts, mistaken = zip(*rows, strict=True)
+    ids, mask = tokenizer([*captions, *(text or "" for text in mistaken)])
+    wrong = torch.tensor([text is not None for text in mistaken])
+    return to_pixels(specs), ids, mask, torch.from_numpy(language.holds(facts, specs)), wrong
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000, help="the schedule's length; fewer steps mean a weaker BLIP")
+    parser.add_argument("--steps", type=int, default=5600, help="the schedule's length; fewer steps mean a weaker BLIP")
     parser.add_argument("--batch", type=int, default=192, help="pairs a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
     parser.add_argument("--seed", type=int, default=0)
@@ -173,21 +214,24 @@ def main():
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps)
     for step in bar:
         torch.manual_seed(args.seed * 1_000_003 + step)  # a resumed run draws the same negatives
-        pixels, ids, mask, true = batch(
-            Rng(f"{args.seed}-{step}"), args.batch, blip.tokenizer, LATE_MIX if step >= LATE_AT else EARLY_MIX
-        )
+        rng, wrong = Rng(f"{args.seed}-{step}"), None
+        if step < FINE_AT:
+            pixels, ids, mask, true = batch(rng, args.batch, blip.tokenizer, LATE_MIX if step >= LATE_AT else EARLY_MIX)
+        else:
+            pixels, ids, mask, true, wrong = fine_batch(rng, args.batch * 3 // 4, blip.tokenizer)  # of two texts an image
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
         with torch.autocast("cpu", torch.bfloat16):
             v, F_v = blip.encode_image(pixels)
             words = blip.embed_words(ids)
-            t = by_length(blip.encode_text, words, mask)
+            t = by_length(blip.encode_text, words[: len(v)], mask[: len(v)])
         temperature = blip.temp.clamp(0.02, 0.5)  # a floor: colder, the contrast is all there is
         itc = contrastive_loss(v, t, temperature, true)  # in float32: bfloat16 has steps of 0.25 at logits of 50
         hardness = min(1.0, step / HARD_AT)
         similarity = t @ v.T / temperature
         with torch.autocast("cpu", torch.bfloat16):
-            itm, accuracy = matching_loss(blip, words, mask, F_v, similarity, true, hardness)
+            pairs = coarse_pairs(similarity, true, hardness) if step < FINE_AT else fine_pairs(similarity, true, wrong)
+            itm, accuracy = matching_loss(blip, words, mask, F_v, *pairs)
         loss = itc + itm
         if not torch.isfinite(loss):
             raise SystemExit(f"the loss is {loss.item()} at step {step}: lower --lr")

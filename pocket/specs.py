@@ -390,8 +390,52 @@ def edit(spec: Spec, rng: Rng, kind: str) -> Edit:
     return (_scene_edit if isinstance(spec, Scene) else _garment_edit)(spec, rng, kind)
 
 
+def contradict(facts: Spec, rng: Rng) -> Spec:
+    """The same facts but for one, which is changed; in a scene with two colours these may change places. Facts that say
+    nothing come back as they are."""
+    if isinstance(facts, Garment):
+        values = {"kind": GARMENTS, "colour": COLOURS, "pattern": PATTERNS, "sleeves": SLEEVES, "neckline": NECKLINES,
+                  "length": LENGTHS, "detail": DETAILS[1:], "second": COLOURS}  # fmt: skip
+        said = [k for k in values if getattr(facts, k) not in (None, "none")]
+        if not said:
+            return facts
+        what = rng.choice(said)
+        facts = replace(facts, **{what: _other(rng, values[what], getattr(facts, what), facts.colour, facts.second)})
+        return replace(facts, second="none" if facts.pattern == "plain" else None) if what == "pattern" else facts
+    values = {"kind": KINDS, "colour": COLOURS, "size": SIZES, "place": PLACES}
+    options = [(i, k) for i, t in enumerate(facts.things) for k in values if getattr(t, k) is not None]
+    options += [(None, "background")] if facts.background else []
+    painted = [i for i, t in enumerate(facts.things) if t.colour]
+    if len(painted) > 1:
+        options += [(None, "swap")] * 2
+    if not options:
+        return facts
+    index, what = rng.choice(options)
+    if what == "background":
+        return replace(facts, background=_other(rng, BACKGROUNDS, facts.background))
+    if what == "swap":
+        a, b = rng.sample(painted, 2)
+        one, two = facts.things[a].colour, facts.things[b].colour
+        return _set_thing(b, colour=one)(_set_thing(a, colour=two)(facts))
+    taken = {getattr(t, what) for t in facts.things if what == "kind"} | {getattr(facts.things[index], what)}
+    return _set_thing(index, **{what: _other(rng, values[what], *taken)})(facts)
+
+
+def twin(spec: Spec, rng: Rng) -> Spec:
+    """Another image of the pretrain set that differs from this one in a single thing, pose included in what stays."""
+    while True:
+        other = edit(spec, rng, "one").apply(spec)
+        if split_of(other) == "pretrain":
+            return other
+
+
 def pretraining_pair(rng: Rng, mix=LATE_MIX) -> tuple[Spec, str, Spec]:
-    """One image of the pretrain set with its caption and the caption's facts.
+    """One image of the pretrain set with its caption and the caption's facts: the first three of `pretraining_example`."""
+    return pretraining_example(rng, mix, wrong=False)[:3]
+
+
+def pretraining_example(rng: Rng, mix=LATE_MIX, wrong=True) -> tuple[Spec, str, Spec, str | None]:
+    """One image of the pretrain set, its caption, the caption's facts, and a wrong caption of the same making (or None).
 
     Six in ten captions just describe. Three in ten correct themselves ("a red cat that is blue" for a blue cat): that is
     where the frozen text encoder learns to follow a modifier, as text; ISA itself never sees a triplet. One in ten is a
@@ -401,20 +445,43 @@ def pretraining_pair(rng: Rng, mix=LATE_MIX) -> tuple[Spec, str, Spec]:
     roll = rng.random()
     prefix = "a photo of " if rng.random() < 0.35 else ""
     if roll < 0.6:
-        spec = sample(rng, "pretrain", make)
-        caption, facts = describe(spec, rng)
-        return spec, prefix + caption, facts
+        return described(sample(rng, "pretrain", make), rng, prefix, wrong)
     while True:
         before = make(rng)
         change = edit(before, rng, rng.choices(list(mix), weights=mix.values())[0])
         spec = change.apply(before)
         if split_of(spec) == "pretrain":
             break
+    said, start = Scene((Thing(),) * len(before.things)) if isinstance(before, Scene) else Garment(), ""
     if roll < 0.9:
-        caption, facts = describe(before, rng, keep=rng.choice((0.6, 1.0, 1.0)))
-        return spec, f"{prefix}{caption} that {change.text}", change.claim(facts)
-    nothing = Scene((Thing(),) * len(before.things)) if isinstance(before, Scene) else Garment()
-    return spec, change.text, change.claim(nothing)
+        caption, said = describe(before, rng, keep=rng.choice((0.6, 1.0, 1.0)))
+        start = f"{prefix}{caption} that "
+
+    def err():
+        if start and rng.random() < 0.5:  # the same modifier of another image
+            false = contradict(said, rng)
+            return f"{prefix}{say(false, rng)} that {change.text}", change.claim(false)
+        other = edit(before, rng, change.kind)  # another modifier of the same image
+        return start + other.text, other.claim(said)
+
+    return spec, start + change.text, change.claim(said), _false_caption(spec, err) if wrong else None
+
+
+def described(spec: Spec, rng: Rng, prefix="", wrong=True) -> tuple[Spec, str, Spec, str | None]:
+    """An image with a caption that just describes it: as `pretraining_example`."""
+    caption, facts = describe(spec, rng)
+
+    def err():
+        false = contradict(facts, rng)
+        return prefix + say(false, rng), false
+
+    return spec, prefix + caption, facts, _false_caption(spec, err) if wrong else None
+
+
+def _false_caption(spec, err) -> str | None:
+    """Of eight (words, facts) from err() the first words whose facts are not true of the image, or None."""
+    tries = (err() for _ in range(8))
+    return next((words for words, facts in tries if not holds([facts], [spec])[0, 0]), None)
 
 
 def vocabulary() -> list[str]:

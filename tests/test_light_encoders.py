@@ -26,14 +26,17 @@ def pixels(size, count=1, seed=0):
 
 
 def liven(module, seed=0):
-    """Statistics and scales that differ from channel to channel: a missed BatchNorm tensor shows."""
+    """Statistics, scales and biases that differ from channel to channel: a missed tensor shows."""
     generator = torch.Generator().manual_seed(seed)
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.normal_(0, 0.2, generator=generator)
             layer.running_var.uniform_(0.3, 1.0, generator=generator)
+        if isinstance(layer, (nn.BatchNorm2d, nn.GroupNorm)):
             nn.init.uniform_(layer.weight, 0.7, 1.3, generator=generator)
             nn.init.normal_(layer.bias, 0, 0.2, generator=generator)
+        if hasattr(layer, "attention_biases"):
+            nn.init.normal_(layer.attention_biases, generator=generator)
     return module.eval()
 
 
@@ -155,7 +158,7 @@ def test_weights_of_another_network(classifier, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"<html>", b"PK\x03\x04 cut", [1, 2], {"model": {"w": torch.zeros(1)}}, nn.Linear(1, 1)],
+    [b"", b"<html>", b"PK\x03\x04 cut", [1, 2], {"w": {"w": torch.zeros(1)}}, nn.Linear(1, 1)],
     ids=["empty", "web page", "truncated", "list", "nested", "pickled module"],
 )
 def test_files_that_are_no_state_dict(content, tmp_path):
@@ -210,6 +213,202 @@ def test_a_failed_download_is_one_sentence(trouble, monkeypatch):
     with pytest.raises(ValueError, match=r"mobilenet_v2-b0353104\.pth could not be downloaded") as error:
         light_encoders.build("mobilenet_v2", "imagenet")
     assert "\n" not in str(error.value) and error.value.__suppress_context__
+
+
+# ------------------------------------------------------------------------------------------------ EfficientViT, MobileViTV2
+
+WRITTEN_OUT = {"efficientvit_m2": (3_962_106, 224, (224, 4, 4)), "mobilevitv2_100": (4_388_841, 256, (512, 8, 8))}
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def in_timm(name, size=None):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(5)
+    return liven(timm.create_model(name, **({"img_size": size} if size and name == "efficientvit_m2" else {})))
+
+
+def assert_same_maps(encoder, theirs, size):
+    """In float64: so deep a network magnifies rounding."""
+    x = pixels(size, 2).double()
+    with torch.no_grad():
+        feature_map, expected = encoder.eval().double()(x), theirs.double().forward_features(x)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(feature_map, expected, rtol=1e-9, atol=1e-11 * expected.abs().max().item())
+    return feature_map
+
+
+@pytest.mark.parametrize("name, size, shape", [
+    ("efficientvit_m2", 224, (224, 4, 4)),  # windows: 2 x 2 of 7 x 7 pixels, 1 of 7 x 7, 1 of 4 x 4
+    ("efficientvit_m2", 128, (224, 2, 2)),  # 2 x 2 of 7 x 7 that the map of 8 x 8 does not fill, 1 of 4 x 4, 1 of 2 x 2
+    ("efficientvit_m2", 64, (224, 1, 1)),
+    ("mobilevitv2_100", 256, (512, 8, 8)),
+    ("mobilevitv2_100", 224, (512, 8, 8)),  # 7 x 7, stretched
+])  # fmt: skip
+def test_written_out_against_timm(name, size, shape, tmp_path):
+    """timm's state dict loads as it is and gives the same feature map."""
+    theirs = in_timm(name, size)
+    torch.save(theirs.state_dict(), tmp_path / "x.pth")
+    encoder = light_encoders.build(name, tmp_path / "x.pth", image_size=size)
+    assert assert_same_maps(encoder, theirs, size).shape[1:] == shape
+
+
+def test_efficientvit_of_one_size_takes_pixels_of_another():
+    theirs, encoder = in_timm("efficientvit_m2"), light_encoders.build("efficientvit_m2")
+    encoder.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("head")})
+    assert assert_same_maps(encoder, theirs, 256).shape == (2, 224, 4, 4)
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_interface_and_parameters_of_the_written_out(name):
+    count, size, shape = WRITTEN_OUT[name]
+    with torch.device("meta"):
+        encoder = light_encoders.build(name)
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == count
+    assert (encoder.out_channels, encoder.image_size) == (shape[0], size)
+    assert encoder(torch.empty(2, 3, size, size, device="meta")).shape == (2, *shape)
+    depthwise = {"efficientvit_m2": 6 * 2 + 2, "mobilevitv2_100": 4}[name]  # kernels of 7 and 5 in each attention; strides of 2
+    assert sum(isinstance(m, light_encoders.DepthwiseConv2d) for m in encoder.modules()) == depthwise
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_gradients_reach_every_parameter_of_the_written_out(name):
+    torch.manual_seed(6)
+    encoder = liven(light_encoders.build(name, image_size=128)).train()
+    encoder(pixels(128, 2)).square().mean().backward()
+    for key, parameter in encoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
+
+
+def test_efficientvit_starts_with_silent_residuals():
+    encoder = light_encoders.build("efficientvit_m2").eval()
+    x = encoder.patch_embed(pixels(224))
+    assert torch.equal(encoder.stages[0](x), x)
+
+
+def authors_efficientvit():
+    """The names in the file of EfficientViT's authors, in its order, each with timm's for the same tensor."""
+
+    def block(theirs, timms, modules):
+        for module in modules:
+            if module.endswith("attn"):
+                yield f"{theirs}.{module}.attention_biases", f"{timms}.{module}.attention_biases"
+                yield f"{theirs}.{module}.attention_bias_idxs", None
+            elif module.startswith("se."):
+                yield from ((f"{theirs}.{module}.{x}", f"{timms}.{module}.{x}") for x in ("weight", "bias"))
+            else:
+                yield f"{theirs}.{module}.c.weight", f"{timms}.{module}.conv.weight"
+                yield from ((f"{theirs}.{module}.bn.{x}", f"{timms}.{module}.bn.{x}") for x in BATCH_NORM)
+
+    def sandwich(heads):
+        qkvs, dws = ([f"mixer.m.attn.{x}.{head}" for head in range(heads)] for x in ("qkvs", "dws"))
+        return ["dw0.m", "ffn0.m.pw1", "ffn0.m.pw2", "mixer.m.attn", *qkvs, *dws, "mixer.m.attn.proj.1",
+                "dw1.m", "ffn1.m.pw1", "ffn1.m.pw2"]  # fmt: skip
+
+    for i in range(4):
+        yield f"patch_embed.{2 * i}.c.weight", f"patch_embed.conv{i + 1}.conv.weight"
+        yield from ((f"patch_embed.{2 * i}.bn.{x}", f"patch_embed.conv{i + 1}.bn.{x}") for x in BATCH_NORM)
+    yield from block("blocks1.0", "stages.0.blocks.0", sandwich(heads=4))
+    for stage, heads, depth in ((1, 3, 2), (2, 2, 3)):
+        theirs, timms = f"blocks{stage + 1}", f"stages.{stage}.downsample"
+        yield from block(f"{theirs}.0", f"{timms}.res1", ["0.m", "1.m.pw1", "1.m.pw2"])
+        yield from block(f"{theirs}.1", f"{timms}.patchmerge", ["conv1", "conv2", "se.fc1", "se.fc2", "conv3"])
+        yield from block(f"{theirs}.2", f"{timms}.res2", ["0.m", "1.m.pw1", "1.m.pw2"])
+        for i in range(depth):
+            yield from block(f"{theirs}.{3 + i}", f"stages.{stage}.blocks.{i}", sandwich(heads))
+    yield from ((f"head.bn.{x}", f"head.bn.{x}") for x in BATCH_NORM)
+    yield from ((f"head.l.{x}", f"head.linear.{x}") for x in ("weight", "bias"))
+
+
+def authors_mobilevitv2():
+    """The same for MobileViTV2."""
+
+    def conv_norm(theirs, timms):
+        yield f"{theirs}.block.conv.weight", f"{timms}.conv.weight"
+        yield from ((f"{theirs}.block.norm.{x}", f"{timms}.bn.{x}") for x in BATCH_NORM)
+
+    def affine(theirs, timms):
+        yield from ((f"{theirs}.{x}", f"{timms}.{x}") for x in ("weight", "bias"))
+
+    yield from conv_norm("conv_1", "stem")
+    for stage, residuals, depth in ((0, 1, 0), (1, 2, 0), (2, 1, 2), (3, 1, 4), (4, 1, 3)):
+        theirs, timms = f"layer_{stage + 1}", f"stages.{stage}"
+        for i in range(residuals):
+            for a, b in (("exp_1x1", "conv1_1x1"), ("conv_3x3", "conv2_kxk"), ("red_1x1", "conv3_1x1")):
+                yield from conv_norm(f"{theirs}.{i}.block.{a}", f"{timms}.{i}.{b}")
+        if depth:
+            yield from conv_norm(f"{theirs}.1.local_rep.0", f"{timms}.1.conv_kxk")
+            yield f"{theirs}.1.local_rep.1.block.conv.weight", f"{timms}.1.conv_1x1.weight"
+            for i in range(depth):
+                for a, b in (("attn.0", "norm1"), ("attn.1.qkv_proj.block.conv", "attn.qkv_proj"),
+                             ("attn.1.out_proj.block.conv", "attn.out_proj"), ("ffn.0", "norm2"),
+                             ("ffn.1.block.conv", "mlp.fc1"), ("ffn.3.block.conv", "mlp.fc2")):  # fmt: skip
+                    yield from affine(f"{theirs}.1.global_rep.{i}.pre_norm_{a}", f"{timms}.1.transformer.{i}.{b}")
+            yield from affine(f"{theirs}.1.global_rep.{depth}", f"{timms}.1.norm")
+            yield from conv_norm(f"{theirs}.1.conv_proj", f"{timms}.1.conv_proj")
+    yield from affine("classifier.1", "head.fc")
+
+
+def authors_file(name, state):
+    """What the authors would have saved for timm's state dict: for EfficientViT under "model", and with its index buffers."""
+    names = {"efficientvit_m2": authors_efficientvit, "mobilevitv2_100": authors_mobilevitv2}[name]()
+    renamed = {theirs: state[timms] if timms else torch.zeros(49, 49, dtype=torch.long) for theirs, timms in names}
+    return {"model": renamed} if name == "efficientvit_m2" else renamed
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_the_authors_files(name, tmp_path):
+    theirs = in_timm(name)
+    file = authors_file(name, theirs.state_dict())
+    state = file.get("model", file)
+    assert len([key for key in state if "bias_idxs" not in key]) == len(theirs.state_dict())
+    torch.save(file, tmp_path / "x.pth")
+    assert_same_maps(light_encoders.build(name, tmp_path / "x.pth"), theirs, 128)
+
+    lost = next(key for key in state if key.startswith(("blocks2", "layer_2")))
+    del state[lost]
+    torch.save(file, tmp_path / "cut.pth")
+    with pytest.raises(ValueError, match=r"cut\.pth do not fit this encoder: .* and \d+ more$"):
+        light_encoders.build(name, tmp_path / "cut.pth")
+    state[lost] = torch.zeros(3, 5)  # last in order now, with all others moved up
+    torch.save(file, tmp_path / "order.pth")
+    with pytest.raises(ValueError, match=r"order\.pth do not fit this encoder: .* instead of .* and \d+ more$"):
+        light_encoders.build(name, tmp_path / "order.pth")
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_misfits_of_the_written_out(name, tmp_path):
+    state = light_encoders.build(name).state_dict()
+    first, second, *_, last = (key for key in state if key.endswith("conv.weight"))
+    del state[first]
+    state[second], state["stages.9.weight"] = torch.zeros(2, 2), torch.zeros(1)
+    for key in [key for key in state if key.endswith("attention_biases")][:1]:
+        state[key] = torch.zeros(4, 48)
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x\.pth do not fit this encoder: [^\n]*$") as error:
+        light_encoders.build(name, tmp_path / "x.pth")
+    message = str(error.value)
+    assert f"{first} is missing" in message and "stages.9.weight is unexpected" in message and last not in message
+    assert f"{second} is [2, 2] instead of [" in message
+    assert ("attention_biases is [4, 48] instead of [4, 49]" in message) == (name == "efficientvit_m2")
+
+
+def test_attention_biases_are_resized_as_in_timm(tmp_path):
+    """A file of 224 px in an encoder of 128: its second stage has windows of 4 x 4 instead of 7 x 7 pixels."""
+    theirs = in_timm("efficientvit_m2")
+    torch.save(theirs.state_dict(), tmp_path / "x.pth")
+    from timm.layers import resize_rel_pos_bias_table_levit
+
+    state = light_encoders.build("efficientvit_m2", tmp_path / "x.pth", image_size=128).state_dict()
+    for key, side in (("stages.0.blocks.0", 7), ("stages.1.blocks.1", 4), ("stages.2.blocks.2", 2)):
+        before = theirs.state_dict()[f"{key}.mixer.m.attn.attention_biases"]
+        after = resize_rel_pos_bias_table_levit(before.T, (side**2, len(before))).T
+        assert torch.equal(state[f"{key}.mixer.m.attn.attention_biases"], after)
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_torchvision_has_no_weights_for_the_written_out(name):
+    with pytest.raises(ValueError, match=f"^{name} has no ImageNet weights in torchvision; give the path of timm's {name} or"):
+        light_encoders.build(name, "imagenet")
 
 
 # ------------------------------------------------------------------------------------------------ PocketNet
@@ -325,17 +524,41 @@ def test_blip_needs_a_blip_and_nothing_else(blip):
             light_encoders.build("blip", **settings)
 
 
-# ------------------------------------------------------------------------------------------------ names and photos
+# ------------------------------------------------------------------------------------------------ names, sizes, photos
 
 
 @pytest.mark.parametrize("name", ["resnet50", "EfficientNet_B0", "", None])
 def test_unknown_names_list_the_known_ones(name):
-    with pytest.raises(ValueError, match="efficientnet_b0, efficientnet_b2, mobilenet_v2, pocketnet, blip"):
+    with pytest.raises(ValueError, match="efficientnet_b0, .* efficientvit_m2, mobilevitv2_100, pocketnet, blip"):
         light_encoders.build(name)
+
+
+@pytest.mark.parametrize("name, shape", [("mobilenet_v2", (1280, 3, 3)), ("efficientvit_m2", (224, 2, 2)),
+                                         ("mobilevitv2_100", (512, 4, 4)), ("pocketnet", (96, 12, 12))])  # fmt: skip
+def test_another_image_size(name, shape):
+    encoder = light_encoders.build(name, image_size=96).eval()
+    assert encoder.image_size == 96
+    x = light_encoders.preprocess(encoder, Image.new("RGB", (100, 50)))
+    assert x.shape == (3, 96, 96)
+    with torch.no_grad():
+        assert encoder(x[None]).shape == (1, *shape)
+
+
+@pytest.mark.parametrize("image_size", [0, -224, 31, 224.0, "224", True])
+def test_image_sizes_that_are_not_possible(image_size):
+    with pytest.raises(ValueError, match=f"^image_size {image_size} is not possible; give a whole number of pixels, 32 or more$"):
+        light_encoders.build("efficientvit_m2", image_size=image_size)
+
+
+def test_blips_encoder_has_blips_size(blip):
+    assert light_encoders.build("blip", blip=blip, image_size=48).image_size == 48
+    with pytest.raises(ValueError, match='^image_size 64 is not possible for "blip": the loaded BLIP sees 48 px$'):
+        light_encoders.build("blip", blip=blip, image_size=64)
 
 
 @pytest.mark.parametrize("name, mean, std, size", [
     ("mobilenet_v2", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224),
+    ("mobilevitv2_100", (0, 0, 0), (1, 1, 1), 256),
     ("pocketnet", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), 64),
 ])  # fmt: skip
 def test_preprocess_has_the_encoders_size_and_normalization(name, mean, std, size):

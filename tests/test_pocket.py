@@ -186,6 +186,42 @@ def test_pretraining_pairs_are_true_of_their_image_and_of_its_set():
     assert 0.55 < seen["plain"] / 3000 < 0.65 and 0.25 < seen["corrected"] / 3000 < 0.35 and seen["bare"] > 200
 
 
+def test_wrong_captions_are_of_the_same_making_but_not_true():
+    rng, kinds = Rng(8), Counter()
+    for _ in range(2000):
+        spec, caption, facts, mistaken = specs.pretraining_example(rng)
+        assert true_of(facts, spec) and specs.split_of(spec) == "pretrain"
+        if mistaken is None:
+            continue
+        prefix = caption.startswith("a photo of "), (" that " in caption)
+        assert prefix == (mistaken.startswith("a photo of "), " that " in mistaken)  # nothing but the content gives it away
+        head, _, modifier = mistaken.removeprefix("a photo of ").partition(" that ")
+        if not modifier:  # where nothing is corrected, its own reader can tell
+            kinds["plain"] += 1
+            assert not true_of(read(head, spec), spec), (mistaken, spec)
+        else:
+            kinds["corrected"] += 1
+    assert kinds["plain"] > 1200 and kinds["corrected"] > 400
+
+
+def test_a_contradiction_changes_one_fact_and_a_twin_one_thing():
+    rng, swaps = Rng(9), 0
+    for spec, _ in draws(600, seed=10):
+        _, facts = specs.describe(spec, rng)
+        false = specs.contradict(facts, rng)
+        flat = lambda x: [v for thing in getattr(x, "things", ()) for v in vars(thing).values()]  # noqa: E731
+        a = flat(facts) + [v for name, v in vars(facts).items() if name != "things"]
+        b = flat(false) + [v for name, v in vars(false).items() if name != "things"]
+        changed = [(x, y) for x, y in zip(a, b, strict=True) if x != y]
+        swap = len(changed) == 2 and changed[0] == changed[1][::-1]
+        second = isinstance(spec, Garment) and len(changed) == 2  # the second colour goes with the pattern
+        assert len(changed) <= 1 or swap or second, (facts, false)
+        swaps += swap
+        other = specs.twin(spec, rng)
+        assert other != spec and other.pose == spec.pose and specs.split_of(other) == "pretrain"
+    assert swaps > 20
+
+
 def test_every_word_is_in_the_vocabulary_of_pocket_blip():
     tokenizer, rng = blip_lite.Tokenizer(ROOT / "pocket" / "vocab.txt"), Rng(9)
     texts = [specs.pretraining_pair(rng)[1] for _ in range(1500)]
@@ -572,7 +608,8 @@ def test_matching_negatives_are_wrong_and_at_full_hardness_the_most_alike(hardne
     mask = torch.ones(size, 4, dtype=torch.int64)
     torch.manual_seed(0)
     for _ in range(20):
-        loss, accuracy = pretrain.matching_loss(Blip(), words, mask, F_v, similarity, true, hardness)
+        chosen = pretrain.coarse_pairs(similarity, true, hardness)
+        loss, accuracy = pretrain.matching_loss(Blip(), words, mask, F_v, *chosen)
         assert loss < 1e-6 and accuracy == 1  # so the first half are matches, the rest are not
     pairs = Counter(tuple(pair) for pair in torch.cat(seen).int().tolist())
     assert sum(pairs.values()) == 20 * 3 * size // 2
@@ -582,10 +619,37 @@ def test_matching_negatives_are_wrong_and_at_full_hardness_the_most_alike(hardne
     assert hard == 40 if hardness else hard < 20
 
 
+def test_fine_pairs_add_captions_that_are_wrong_in_one_thing():
+    size, true = 8, torch.eye(8, dtype=torch.bool)
+    similarity = torch.zeros(size, size)
+    similarity[0, 3] = similarity[1, 6] = similarity[7, 1] = similarity[5, 4] = 40.0
+    wrong = torch.tensor([True, True, True, True, False, True, True, True])  # image 4 has none, and gets a hard text
+    texts, images, labels = pretrain.fine_pairs(similarity, true, wrong)
+    assert len(texts) == 20 and labels.tolist() == [1] * 8 + [0] * 12
+    assert texts[:8].tolist() == images[:8].tolist() == list(range(8))
+    assert texts[8:16].tolist() == [8, 9, 10, 11, 5, 13, 14, 15] and images[8:16].tolist() == list(range(8))
+    assert texts[16:18].tolist() == [0, 1] and images[16:18].tolist() == [3, 6]  # hard images of the first texts
+    assert images[18:].tolist() == [0, 1] and texts[19] == 7 and texts[18] != 0  # and hard texts of the first images
+
+
+def test_fine_batches_hold_twins():
+    tokenizer = blip_lite.Tokenizer(ROOT / "pocket" / "vocab.txt")
+    pixels, ids, mask, true, wrong = pretrain.fine_batch(Rng(3), 12, tokenizer)
+    assert pixels.shape == (12, 3, 64, 64) and ids.shape == mask.shape and len(ids) == 24
+    assert true.diagonal().all() and wrong.shape == (12,) and wrong.sum() > 6
+    alike = (pixels[:, None] == pixels[None]).float().flatten(2).mean(2) - torch.eye(12)
+    assert (alike.max(1).values > 0.6).sum() >= 6  # twins share most of their pixels
+    assert torch.equal(pretrain.fine_batch(Rng(3), 12, tokenizer)[0], pixels)
+
+
 def test_learning_rate_of_pretraining():
-    rate = lambda step: pretrain.learning_rate(step, 5000, 2.0)  # noqa: E731
-    assert [rate(0), rate(99), rate(199), rate(3000)] == pytest.approx([0.01, 1.0, 2.0, 2.0])
-    assert [rate(3500), rate(4250), rate(5000)] == pytest.approx([2.0, 1.0, 0.0])
+    rate = lambda step: pretrain.learning_rate(step, 3000, 2.0)  # noqa: E731
+    assert [rate(0), rate(99), rate(199), rate(2000)] == pytest.approx([0.01, 1.0, 2.0, 2.0])
+    assert [rate(2100), rate(2550), rate(3000)] == pytest.approx([2.0, 1.0, 0.0])
+    assert pretrain.learning_rate(3999, 6000, 2.0) == pytest.approx(2 / 1200)  # more steps are fine ones, after the others' end
+    peak = 2.0 * pretrain.FINE_LR
+    assert pretrain.learning_rate(4200, 6000, 2.0) == pytest.approx(peak * 0.9)
+    assert pretrain.learning_rate(5000, 6000, 2.0) == pytest.approx(peak * 0.5)
 
 
 def test_pretraining_pixels_are_those_of_preprocess(pocket_blip):
@@ -600,7 +664,9 @@ def pretrain_here(monkeypatch, out, *options):
     pretrain.main()
 
 
-def test_pretraining_killed_in_a_step_resumes_to_the_same_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fine_at", [4000, 1])
+def test_pretraining_killed_in_a_step_resumes_to_the_same_weights(tmp_path, monkeypatch, fine_at):
+    monkeypatch.setattr(pretrain, "FINE_AT", fine_at)
     pretrain_here(monkeypatch, tmp_path / "whole.pth")
     calls, contrastive_loss = [], pretrain.contrastive_loss
 

@@ -214,7 +214,8 @@ def test_presets_are_the_papers_and_can_be_overridden():
     (["--preset", "paper"], "--blip"), (["--preset", "paper", "--blip", "x"], "--images"), (["--threads", "-1"], "--threads"),
     (["--randaugment", "31"], "--randaugment"), (["--randaugment", "-1"], "--randaugment"),
     (["--workers", "-2"], "--workers"), (["--device", "abacus"], "--device"),
-    (["--weight-decay", "-1"], "--weight-decay"),
+    (["--weight-decay", "-1"], "--weight-decay"), (["--mapper", "rnn"], "--mapper"), (["--lar-weight", "-1"], "--lar-weight"),
+    (["--mapper", "mlp"], "--tokens 1"), (["--gallery", "clip"], "--gallery"), (["--query-size", "0"], "--query-size"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")  # fmt: skip
 def test_wrong_options_are_usage_errors(options, named, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -343,11 +344,58 @@ def test_training_learns(here):
     assert losses[-1]["loss"] < 0.6 * guessing and losses[-1]["gcd"] < 0.6 * math.log(8) and losses[-1]["gcd"] < losses[0]["gcd"]
 
 
+VARIANTS = {
+    "st": ["--mapper", "st"], "no-ca": ["--mapper", "atl-no-ca"], "no-sa": ["--mapper", "atl-no-sa"],
+    "mlp": ["--mapper", "mlp", "--tokens", 1], "two": ["--tokens", 2], "llm": ["--loss", "gcd+llm"],
+    "dagger": ["--encoder", "blip-tuned"], "light-light": ["--gallery", "query"],
+    "blip-blip": ["--encoder", "blip-tuned", "--gallery", "query"],
+    "pic2word": ["--encoder", "blip-v", "--mapper", "mlp", "--tokens", 1, "--loss", "gcd"],
+    "mobilenet_v2": ["--encoder", "mobilenet_v2", "--query-size", 64],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_train_and_are_read_again(here, pocket_blip, name):
+    """Six steps: every trained weight moves, the frozen BLIP does not, the file gives back what was trained."""
+    frozen = {key: x.clone() for key, x in pocket_blip.state_dict().items()}
+    run = here(name, *VARIANTS[name], "--sentences", ROOT / "pocket" / "sentences.json", "--lr", "1e-2")
+    model, settings = train.load_query_model(run / "isa.pt", pocket_blip)
+    torch.manual_seed(0)
+    start = train.build_query_model(settings, pocket_blip).state_dict()
+    learnt = {key for key, _ in model.named_parameters()}
+    still = [key for key in learnt if torch.equal(start[key], model.state_dict()[key])]
+    assert not [key for key in still if "vision_proj.bias" not in key], still
+    assert all(torch.equal(x, frozen[key]) for key, x in pocket_blip.state_dict().items())
+    size = settings["query_size"] or 64
+    U = model(torch.randn(2, 3, size, size))
+    if settings["gallery"] == "query":
+        U, v, F_v = U
+        assert v.shape == (2, 64) and torch.allclose(v.norm(dim=1), torch.ones(2)) and F_v.shape == (2, 65, 128)
+    assert U.shape == (2, settings["tokens"], 128)
+    row = json.loads((run / "log.jsonl").read_text())
+    assert math.isfinite(row["loss"]) and set(row) >= {"pic2word": {"gcd"}, "llm": {"gcd", "llm"}}.get(name, {"gcd", "lar"})
+
+
+def test_a_tuned_copy_starts_as_blip_in_full_precision(pocket_blip, here):
+    """In bfloat16 training the frozen weights are rounded; the copy that is trained must not be."""
+    run = here("dagger", "--encoder", "blip-tuned", "--precision", "bf16", "--lr", "1e-9", "--weight-decay", 0)
+    start = pocket_blip.visual_encoder.state_dict()
+    copied = {k.removeprefix("encoder.visual_encoder."): x for k, x in weights(run).items() if "visual_encoder" in k}
+    assert copied.keys() == start.keys() and all(torch.allclose(copied[k], start[k], atol=1e-7) for k in start)
+
+
+def test_weight_of_lar(here):
+    """Without weight LAR is computed but changes nothing; twice the weight is twice the term."""
+    rows = {w: json.loads((here(f"w{w}", "--lar-weight", w, "--lr", "1e-9") / "log.jsonl").read_text()) for w in (0, 2)}
+    assert rows[0]["loss"] == rows[0]["gcd"] and rows[0]["lar"] > 0
+    assert rows[2]["loss"] == pytest.approx(rows[2]["gcd"] + 2 * rows[2]["lar"], abs=2e-4)
+
+
 @pytest.mark.parametrize("loss, stored", [("gcd", False), ("lar", True)])
 def test_one_loss_alone(here, tmp_path, loss, stored):
     run = here(loss, "--loss", loss, "--cache-dir", "own_cache")
     row = json.loads((run / "log.jsonl").read_text())
-    assert row["loss"] == row[loss] and (math.isnan(row["matched"]) and row["lar"] == 0) != stored
+    assert row["loss"] == row[loss] and ("matched" in row and "lar" in row) == stored
     assert bool(list((tmp_path / "own_cache").glob("*/F_v.npy"))) == stored  # GCD alone needs no F^v
 
 
@@ -680,7 +728,7 @@ def one_process_of_two(rank, port, folder):
 def gcd_case():
     torch.manual_seed(0)
     blip = blip_lite.load("pocket")
-    settings = {"encoder": "pocketnet", "tokens": 6}
+    settings = {"encoder": "pocketnet", "tokens": 6, "mapper": "atl", "gallery": "blip", "query_size": None}
     model = train.build_query_model(settings, blip).eval()  # batch-norm statistics are each process's own: here they are fixed
     return blip, model, torch.randn(8, 3, 64, 64), torch.nn.functional.normalize(torch.randn(8, 64), dim=-1)
 
