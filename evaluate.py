@@ -237,6 +237,8 @@ def table(args):
             rows[method] = {"all": summarize([benchmarks.average([r for r, _ in parts]) for parts in seeds.values()])}
             for kind in (k for k in EDIT_KINDS if all(k in by_kind for _, by_kind in seeds[0])):
                 rows[method][kind] = summarize([benchmarks.average([k[kind] for _, k in parts]) for parts in seeds.values()])
+            for i, category in enumerate(benchmarks.CATEGORIES if name == "fashioniq" else ()):
+                rows[method][category] = summarize([parts[i][0] for parts in seeds.values()])
         report["results"][name] = rows
         print_table(name, rows, args)
     write_json(args.json, report)

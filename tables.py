@@ -536,10 +536,11 @@ def section(name, args):
 
 def preamble(args):
     """What RESULTS.md is, the budget of a row, the machine, seeds and time."""
-    recipe, usual = train.PRESETS["pocket"], vars(train.parse_args([]))
+    recipe = vars(train.parse_args(training("isa", 0)[1:]))
     images = {int(train.read_checkpoint(path)["images"]) for path in sorted(Path("runs/tables").glob("isa-*/isa.pt"))}
     logs = [path.read_text() for path in sorted(Path("runs/tables").glob("*/log.txt"))]
     seconds = sum(float(line.split()[1]) for text in logs for line in text.splitlines() if line.startswith("tables.py: "))
+    epochs = "1 epoch" if recipe["epochs"] == 1 else f"{recipe['epochs']} epochs"
     text = f"""\
 # Results: every table and figure of the paper, ours beside the paper's
 
@@ -547,9 +548,9 @@ Written by `python tables.py all`; below each table stands the command that make
 (see README), whose images, BLIP and light network are not the paper's: compare the order of rows, not the two numbers of a cell.
 The paper's ablations are on validation sets; ours are on test sets unless it says otherwise, since choices were made on validation.
 
-- **Training of every row**: {" or ".join(map(str, images)) or "all"} images of {recipe["images"]}, {recipe["epochs"]} epochs, batch
-  {recipe["batch"]}, AdamW with a peak learning rate of {recipe["lr"]} and weight decay {usual["weight_decay"]}, no augmentation;
-  {recipe["encoder"]} where no other encoder is named. Two exceptions: GCD for the time of GCD + LAR has
+- **Training of every row**: {" or ".join(map(str, images)) or "all"} images of {recipe["images"]}, {epochs},
+  batch {recipe["batch"]}, AdamW with a peak learning rate of {recipe["lr"]} and weight decay {recipe["weight_decay"]}, no
+  augmentation; {recipe["encoder"]} where no other encoder is named. Two exceptions: the second row of GCD alone has
   {RUNS["gcd-twice"][-1]} epochs, and SEARLE a recipe of its own (baselines.py).
 - **Seeds**: {", ".join(map(str, args.seeds))}. Numbers without ± have one seed, or no training.
 - **Machine**: {machine(args.threads)}.
@@ -565,7 +566,8 @@ def machine(threads):
     able = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
     able = able or [torch.backends.cpu.get_cpu_capability()]
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    used = f"{threads or torch.get_num_threads()} threads a process"
+    count = threads or torch.get_num_threads()
+    used = "1 thread a process" if count == 1 else f"{count} threads a process"
     return f"{os.cpu_count()} cores ({platform.machine()}, {', '.join(able)}){gpu}, {used}, PyTorch {torch.__version__}"
 
 

@@ -1,10 +1,12 @@
 """Pre-train pocket BLIP from nothing on drawn pairs: image-text contrast (ITC) and image-text matching (ITM), as BLIP does.
 
     python -m pocket.pretrain --out pocket/blip.pth      # the committed weights; resumes where it was stopped
+    python -m pocket.pretrain --validate pocket          # their held-out figures
 
 Pairs are drawn anew at every step (pocket.specs.pretraining_pair), so nothing is seen twice and no set has to be stored. What
 differs from BLIP's own recipe: no momentum encoder and no queue (a batch of 192 is large beside a world this small), no decoder
-loss, and captions that are true of other images in the batch are not used as negatives.
+loss, and captions that are true of other images in the batch are not used as negatives. The last steps are *fine*: batches hold
+twins, images that differ in one thing, and matching also sees captions that are wrong in one thing.
 """
 
 import argparse
@@ -111,7 +113,8 @@ def validate(blip, count=1000, seed=0):
 
     full / partial: text-to-image R@1 among `count` images with full captions / captions of any length. composed: R@1 of
     "caption of the reference that modifier". matching: accuracy on each image's own caption and on the highest-ranked caption
-    that is not true of it (chance 50), with full and with partial captions.
+    that is not true of it (chance 50), with full and with partial captions. drawn: the same with negatives that are drawn from
+    a batch of 250, as LAR draws them, half of them images and half texts.
     """
     blip.eval()
     out, rng = {}, Rng(seed)
@@ -135,7 +138,13 @@ def validate(blip, count=1000, seed=0):
         with torch.autocast("cpu", torch.bfloat16):
             positive = blip.match(words, mask, F_v).argmax(1) == 1
             negative = blip.match(words[hard], mask[hard], F_v).argmax(1) == 0
+            drawn = []
+            for own in torch.arange(count).split(250):
+                image, text = draw_negatives(similarity[own][:, own] / blip.temp, true[own][:, own], 1.0, len(own))
+                drawn.append(blip.match(words[own], mask[own], F_v[own[image]]).argmax(1) == 0)
+                drawn.append(blip.match(words[own[text]], mask[own[text]], F_v[own]).argmax(1) == 0)
         out[f"{name}_matching"] = 50 * (positive.float().mean() + negative.float().mean()).item()
+        out[f"{name}_drawn"] = 50 * (positive.float().mean() + torch.cat(drawn).float().mean()).item()
     for kind in EDIT_KINDS:
         texts, specs = [], []
         while len(specs) < count:
@@ -189,10 +198,15 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; one a process where several run side by side")
     parser.add_argument("--held-out", type=int, default=1000, help="images that the held-out figures rank")
     parser.add_argument("--save-every", type=int, default=250, help="steps between states to resume from")
+    parser.add_argument("--validate", metavar="FILE", help='only print the held-out figures of these weights; "pocket" = ours')
     parser.add_argument("--out", type=Path, default=HERE / "blip.pth", help="weights (fp16); OUT.state resumes, OUT.log tells")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    if args.validate:
+        vocab = None if args.validate == "pocket" else HERE / "vocab.txt"
+        print(json.dumps({k: round(x, 1) for k, x in validate(blip_lite.load(args.validate, vocab=vocab), args.held_out).items()}))
+        return
     vocab = HERE / "vocab.txt"
     if not vocab.exists():
         vocab.write_text("\n".join(language.vocabulary()) + "\n")

@@ -170,6 +170,7 @@ def test_table_is_complete(table, trained, second, pocket_blip):
     for name, methods in results.items():
         assert list(methods) == ["image", "text", "image+text", "0.5image+text", "isa", "reference caption", "target caption"]
         for parts in methods.values():
+            assert ({"dress", "shirt", "toptee"} <= set(parts)) == (name == "fashioniq")
             assert {"all", "describe"} <= set(parts) and set(parts["all"]) == wanted[name]
             assert all(0 <= mean <= 100 and spread >= 0 for metrics in parts.values() for mean, spread in metrics.values())
         assert f"{name} (test), percent, mean ± standard deviation over seeds where there are several" in table.printed.out

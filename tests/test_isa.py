@@ -200,6 +200,8 @@ TABLE_1 = {  # name -> the paper's M parameters, ours exactly. B2 is the one row
     "efficientnet_b0": (5.3, 5_322_108),
     "efficientnet_b2": (9.0, 9_048_322),
     "mobilenet_v2": (3.5, 3_538_432),
+    "efficientvit_m2": (5.0, 5_006_330),
+    "mobilevitv2_100": (5.5, 5_506_793),
     "blip": (87.0, 86_982_144),
 }
 
