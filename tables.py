@@ -6,6 +6,7 @@
     python tables.py all                  # everything; writes RESULTS.md
     python tables.py 1                    # cost at the real sizes (also 17); needs no training
     python tables.py fig5                 # pocket/figures/fig5.png (also fig4, fig6, fig7, fig8)
+    python tables.py lar                  # what LAR changes: results by type of modifier, and the learnt words themselves
 
 Ours is measured in the pocket world, on its test sets (Tables 9 and 10: validation). Its images, its BLIP and its query network are
 not the paper's, so numbers are not to be compared across a row: compare which row stands above which, and by how many spreads.
@@ -26,12 +27,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from json import loads
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -80,7 +83,7 @@ RUNS = {
     **{name: ["--encoder", name, "--query-size", "128"] for name in ENCODERS},
     **{f"{name}-imagenet": ["--encoder", name, "--query-size", "128", "--pretrained", IMAGENET[name]] for name in ENCODERS},
 }
-BUDGET = ["--epochs", "1"]  # of every training here, half of what `python train.py` does: some seventy runs have to be affordable
+BUDGET = ["--epochs", "1"]  # of every training here, a quarter of `python train.py`: seventy runs have to be affordable
 ONE_SEED = {"lar-weight-0.3", "lar-weight-3"}  # trends, not rows of the paper
 WEIGHTS = {f"{name}-imagenet" for name in ENCODERS}  # run with --imagenet only
 UNTRAINED = {  # folder below runs/tables -> methods of evaluate.py
@@ -312,9 +315,11 @@ TABLES = {
     ]),
 }  # fmt: skip
 COSTS, FIGURES = ("1", "17"), ("fig4", "fig5", "fig6", "fig7", "fig8")
-ALL = ("1", *map(str, range(2, 17)), "17", "18", "19", "20", "fig3", *FIGURES)
+ALL = ("1", *map(str, range(2, 17)), "17", "18", "19", "20", "fig3", "lar", *FIGURES)
+LAR_RUNS = {"gcd": "GCD", "isa": "GCD + LAR", "lar": "LAR", "gcd-twice": "GCD, twice the steps", "lar-weight-0.3": "GCD + 0.3 LAR",
+            "lar-weight-3": "GCD + 3 LAR"}  # fmt: skip
 FIGURE_RUNS = {"fig4": ("tokens-2", "isa", "tokens-10"), "fig5": ("isa",), "fig6": ("isa",), "fig7": ("tokens-2", "isa"),
-               "fig8": ("isa", "tokens-10")}  # fmt: skip
+               "fig8": ("isa", "tokens-10"), "lar": tuple(LAR_RUNS)}  # fmt: skip
 NOTES = {}  # name of a table or figure -> sentences that stand below it in RESULTS.md, written by hand from the results
 
 
@@ -529,6 +534,8 @@ def section(name, args):
             lines = [f"**Figure {name[3:]}: {told}**", "", f"![Figure {name[3:]}]({path})", ""]
         except ValueError as error:  # the tables are still worth printing
             lines = [f"**Figure {name[3:]}** is not drawn: {error}.", ""]
+    elif name == "lar":
+        lines = [*lar_table(args.seeds), ""]
     else:
         lines = table(name, args.seeds)
     return [*lines, *([NOTES[name], ""] if name in NOTES else []), f"`python tables.py {name}`", ""]
@@ -707,6 +714,67 @@ def latency_table(threads):
         f"pixels and quality 75: {jpeg_bytes(drawn()):,} bytes for a drawn scene of the pocket world, enlarged;",
         f"{jpeg_bytes(texture()):,} bytes for coloured noise with the spectrum of photographs (1/f).",
     ]
+
+
+# ---------------------------------------------------------------------------------------------- what LAR changes
+def lar_table(seeds, images=500):
+    """Losses compared beyond Table 8: headline metrics by type of modifier, and what the learnt sentences look like."""
+    blip = blip_lite.load("pocket")
+    benchmark = benchmarks.load("cirr", Path(evaluate.POCKET_DATA) / "cirr", "test1")
+    paths = [benchmark.paths[name] for name in benchmark.gallery[:images]]
+    kinds = [kind for kind in specs.EDIT_KINDS if kind != "replace"]  # that one is in pre-training alone
+    columns = [(b, metric, kind) for b, metric in evaluate.HEADLINE.items() for kind in kinds]
+    scores, words = [], []
+    for run, label in LAR_RUNS.items():
+        there = [seed for seed in (seeds[:1] if run in ONE_SEED else seeds) if (folder(run, seed) / "isa.pt").exists()]
+        results = measured(run, there, "test")
+        scores.append([label, *(cell([value(r, b, f"{kind} {metric}") for r in results]) for b, metric, kind in columns)])
+        looks = [look_at_words(folder(run, seed) / "isa.pt", blip, paths) for seed in there]
+        words.append([label, *(cell([x[i] for x in looks]) for i in range(4)), looks[0][4] if looks else "–"])
+    return [
+        "**What LAR changes: results by type of modifier.** One change, two or three, a description of the target.",
+        "",
+        *markdown(["loss", *(f"{b} {metric}, {kind}" for b, metric, kind in columns)], scores),
+        "",
+        f"**What LAR changes: the learnt words** of {images} images of CIRR's test gallery. Rows of the word embedding have a norm of "
+        f"{word_rows(blip)[1].norm(dim=1).mean():.2f}. True: the nearest",
+        "word names a thing, a colour or a background of the image (by its full caption). Retrieval: R@1 of the sentence alone among them.",
+        "",
+        *markdown(
+            ["loss", "norm of a token", "cosine to the nearest word", "true, %", "own image, R@1", "nearest words, most often"],
+            words,
+        ),
+    ]
+
+
+def word_rows(blip):
+    """The whole words of BLIP's vocabulary, without single letters, pieces and special tokens -> words, rows [V, d_w]."""
+    kept = [(word, i) for word, i in blip.tokenizer.vocab.items() if word.isalpha() and len(word) > 1]
+    return [word for word, _ in kept], blip.text_encoder.embeddings.word_embeddings.weight[[i for _, i in kept]]
+
+
+@torch.no_grad()
+def look_at_words(checkpoint, blip, paths):
+    """The tokens U [M, L, d_w] of some images -> their mean norm, mean cosine to the nearest word, percent of nearest words that the
+    image's full caption holds, R@1 of the sentence among the images, and the words that are nearest most often."""
+    model, settings = train.load_query_model(checkpoint, blip)
+    U, _ = evaluate.through_query_model(model, paths, "fp32", "cpu", 1)
+    vocabulary, rows = word_rows(blip)
+    cosine, nearest = (F.normalize(U, dim=-1) @ F.normalize(rows, dim=-1).T).max(dim=-1)  # [M, L]
+    captions = loads((paths[0].absolute().parents[2] / "captions.json").read_text())
+    said = [[vocabulary[i] for i in row] for row in nearest.tolist()]
+    true = [word in captions[path.stem].split() for path, words in zip(paths, said, strict=True) for word in words]
+    t = blip.encode_text(*isa.compose_query(blip, U, prompt=settings["prompt"]))
+    v = torch.cat([blip.encode_image(blip.preprocess(Image.open(path))[None])[0] for path in paths])
+    found = (t @ v.T).argmax(dim=1) == torch.arange(len(paths))
+    often = Counter(word for words in said for word in words).most_common(6)
+    return (
+        U.norm(dim=-1).mean().item(),
+        cosine.mean().item(),
+        100 * statistics.mean(true),
+        100 * found.float().mean().item(),
+        " ".join(word for word, _ in often),
+    )
 
 
 # ---------------------------------------------------------------------------------------------- figures 4-8

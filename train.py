@@ -47,7 +47,7 @@ from blip_lite.images import find_images
 from pocket import world
 
 PRESETS = {
-    "pocket": dict(blip="pocket", images="data/pocket/train", encoder="pocketnet", image_size=None, epochs=2, batch=128,
+    "pocket": dict(blip="pocket", images="data/pocket/train", encoder="pocketnet", image_size=None, epochs=4, batch=128,
                    lr=2e-3, crop=1.0, flip=False, randaugment=0, name="pocket", cache="full"),
     "paper": dict(blip=None, images=None, encoder="efficientnet_b2", image_size=224, epochs=20, batch=320, lr=3e-4, crop=0.5,
                   flip=True, randaugment=5, name="paper", pretrained="imagenet", cache="none"),
