@@ -736,9 +736,9 @@ def lar_table(seeds, images=500):
         "",
         *markdown(["loss", *(f"{b} {metric}, {kind}" for b, metric, kind in columns)], scores),
         "",
-        f"**What LAR changes: the learnt words** of {images} images of CIRR's test gallery. Rows of the word embedding have a norm of "
-        f"{word_rows(blip)[1].norm(dim=1).mean():.2f}. True: the nearest",
-        "word names a thing, a colour or a background of the image (by its full caption). Retrieval: R@1 of the sentence alone among them.",
+        f"**What LAR changes: the learnt words** of {images} images of CIRR's test gallery. Rows of the word embedding have a mean",
+        f"norm of {word_rows(blip)[1].norm(dim=1).mean():.2f}. True: the nearest word is one of the image's full caption. Own image:",
+        "R@1 of the sentence alone, among these images.",
         "",
         *markdown(
             ["loss", "norm of a token", "cosine to the nearest word", "true, %", "own image, R@1", "nearest words, most often"],
@@ -755,8 +755,8 @@ def word_rows(blip):
 
 @torch.no_grad()
 def look_at_words(checkpoint, blip, paths):
-    """The tokens U [M, L, d_w] of some images -> their mean norm, mean cosine to the nearest word, percent of nearest words that the
-    image's full caption holds, R@1 of the sentence among the images, and the words that are nearest most often."""
+    """The tokens U [M, L, d_w] of some images -> their mean norm, mean cosine to the nearest word, percent of nearest words that
+    the image's full caption holds, R@1 of the sentence among the images, and the words that are nearest most often."""
     model, settings = train.load_query_model(checkpoint, blip)
     U, _ = evaluate.through_query_model(model, paths, "fp32", "cpu", 1)
     vocabulary, rows = word_rows(blip)
@@ -768,13 +768,8 @@ def look_at_words(checkpoint, blip, paths):
     v = torch.cat([blip.encode_image(blip.preprocess(Image.open(path))[None])[0] for path in paths])
     found = (t @ v.T).argmax(dim=1) == torch.arange(len(paths))
     often = Counter(word for words in said for word in words).most_common(6)
-    return (
-        U.norm(dim=-1).mean().item(),
-        cosine.mean().item(),
-        100 * statistics.mean(true),
-        100 * found.float().mean().item(),
-        " ".join(word for word, _ in often),
-    )
+    numbers = U.norm(dim=-1).mean().item(), cosine.mean().item(), 100 * statistics.mean(true), 100 * found.float().mean().item()
+    return *numbers, " ".join(word for word, _ in often)
 
 
 # ---------------------------------------------------------------------------------------------- figures 4-8
