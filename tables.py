@@ -737,7 +737,7 @@ def lar_table(seeds, images=500):
         *markdown(["loss", *(f"{b} {metric}, {kind}" for b, metric, kind in columns)], scores),
         "",
         f"**What LAR changes: the learnt words** of {images} images of CIRR's test gallery. Rows of the word embedding have a mean",
-        f"norm of {word_rows(blip)[1].norm(dim=1).mean():.2f}. True: the nearest word is one of the image's full caption. Own image:",
+        f"norm of {word_rows(blip)[1].norm(dim=1).mean():.2f}. True: the nearest word stands in its full caption. Own image:",
         "R@1 of the sentence alone, among these images.",
         "",
         *markdown(
