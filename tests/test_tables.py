@@ -250,9 +250,13 @@ time.sleep(20)
         os.kill(os.getpid(), signal.SIGINT)
 
     waiter = threading.Thread(target=interrupt)
-    waiter.start()
-    with pytest.raises(KeyboardInterrupt):
-        tables.call(["train.py"], here / "log.txt")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it would be ignored
+    try:
+        waiter.start()
+        with pytest.raises(KeyboardInterrupt):
+            tables.call(["train.py"], here / "log.txt")
+    finally:
+        signal.signal(signal.SIGINT, before)
     waiter.join()
     assert re.fullmatch(r"\$ python train.py\nsaved\ntables.py: \d+ s\n", (here / "log.txt").read_text())
     assert not (here / "twice").exists()
