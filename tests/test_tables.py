@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import threading
@@ -17,6 +18,7 @@ from PIL import Image
 from test_blip_lite import filled, inputs
 
 import baselines
+import benchmarks
 import evaluate
 import isa
 import tables
@@ -511,3 +513,31 @@ def test_overlay_is_red_where_the_token_looks():
     assert redness[40:].max() == 0
     with warnings.catch_warnings(action="error"):  # a token that looks nowhere is not divided by 0
         assert np.asarray(tables.overlay(Image.new("RGB", (64, 64)), torch.zeros(8, 8))).std() == 0
+
+
+# ---------------------------------------------------------------------------------------------------- what LAR changes
+def test_learnt_words_are_looked_at(small_world, trained, pocket_blip, monkeypatch):
+    """A model that speaks two words of each image's caption, three times as long, and a last one that it makes up."""
+    benchmark = benchmarks.load("cirr", small_world / "cirr", "test1")
+    names = benchmark.gallery[:12]
+    captions = json.loads((small_world / "cirr" / "captions.json").read_text())
+    rows = pocket_blip.text_encoder.embeddings.word_embeddings.weight
+    vocabulary, kept = tables.word_rows(pocket_blip)
+    assert "red" in vocabulary and not {"a", "[PAD]", "##b", "7"} & set(vocabulary) and len(kept) == len(vocabulary)
+    spoken = [[*[word for word in captions[name].split() if len(word) > 1][:2], "zip"] for name in names]
+    U = torch.stack([torch.stack([3 * rows[pocket_blip.tokenizer.vocab[word]] for word in words]) for words in spoken])
+    monkeypatch.setattr(tables.evaluate, "through_query_model", lambda *_: (U, None))
+    norm, cosine, true, found, often = tables.look_at_words(trained.isa, pocket_blip, [benchmark.paths[name] for name in names])
+    assert norm == pytest.approx(U.norm(dim=-1).mean().item()) and cosine == pytest.approx(1, abs=1e-5)
+    assert true == pytest.approx(200 / 3) and often.split()[0] == "zip" and 0 <= found <= 100
+
+
+def test_lar_section_has_a_line_for_each_loss(here, small_world, trained, monkeypatch):
+    monkeypatch.setattr(tables.evaluate, "POCKET_DATA", str(small_world))
+    run = here / "runs" / "tables" / "isa-0"
+    run.mkdir(parents=True)
+    shutil.copy(trained.isa, run)
+    text = "\n".join(tables.lar_table([0, 1], images=8))
+    line = [line for line in text.splitlines() if line.startswith("| GCD + LAR  ")]
+    assert len(line) == 2 and line[0].count("–") == 9 and "–" not in line[1]
+    assert text.count("\n| ") == 2 * (len(tables.LAR_RUNS) + 2)
