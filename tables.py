@@ -82,8 +82,8 @@ RUNS = {
     "blip-blip": ["--encoder", "blip-tuned", "--gallery", "query"],
     "pic2word": ["--encoder", "blip-v", "--mapper", "mlp", "--tokens", "1", "--loss", "gcd"],
     "searle": ["--count", "1500"],  # the second stage of SEARLE, by baselines.py: see training
-    **{name: ["--encoder", name, "--query-size", "128"] for name in ENCODERS},
-    **{f"{name}-imagenet": ["--encoder", name, "--query-size", "128", "--pretrained", IMAGENET[name]] for name in ENCODERS},
+    **{name: ["--encoder", name, "--query-size", "96"] for name in ENCODERS},
+    **{f"{name}-imagenet": ["--encoder", name, "--query-size", "96", "--pretrained", IMAGENET[name]] for name in ENCODERS},
 }
 BUDGET = ["--epochs", "1"]  # of every training here, a quarter of `python train.py`: seventy runs have to be affordable
 ONE_SEED = {"lar-weight-0.3", "lar-weight-3"}  # trends, not rows of the paper

@@ -257,7 +257,7 @@ def part_pocket():
 
 
 def part_pocket_step():
-    """A step of python train.py: 256 pocket images, one thread, and what its parts take."""
+    """A training step of the pocket world, 256 images, one thread, and what its parts take."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     blip = blip_lite.load("pocket")

@@ -366,6 +366,8 @@ def test_variants_train_and_are_read_again(here, pocket_blip, name):
     still = [key for key in learnt if torch.equal(start[key], model.state_dict()[key])]
     assert not [key for key in still if "vision_proj.bias" not in key], still
     assert all(torch.equal(x, frozen[key]) for key, x in pocket_blip.state_dict().items())
+    parts = {key.split(".")[1] for key in learnt if key.startswith("mapper.Q_")}
+    assert parts == {"st": set(), "no-ca": {"Q_r"}, "no-sa": {"Q_c"}, "mlp": set(), "pic2word": set()}.get(name, {"Q_r", "Q_c"})
     size = settings["query_size"] or 64
     U = model(torch.randn(2, 3, size, size))
     if settings["gallery"] == "query":
