@@ -271,6 +271,12 @@ def test_impossible_arguments(argv, capsys):
     assert "there is no table" in (said := capsys.readouterr().err) or "at least 0" in said
 
 
+def test_as_is_runs_nothing(here, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "call", lambda *_: pytest.fail("a run was started"))
+    tables.main(tables.parse_args(["5", "--as-is"]))
+    assert "not run" in capsys.readouterr().out
+
+
 def test_all_writes_results(here, monkeypatch, capsys):
     monkeypatch.setattr(tables, "run_missing", lambda *_: ["one failed"])
     monkeypatch.setattr(tables, "section", lambda name, args: [f"section {name}"])
