@@ -801,6 +801,7 @@ def lar_table(seeds, images=500):
     blip = blip_lite.load("pocket")
     benchmark = benchmarks.load("cirr", Path(evaluate.POCKET_DATA) / "cirr", "test1")
     paths = [benchmark.paths[name] for name in benchmark.gallery[:images]]
+    v = features_of(blip, paths)
     kinds = [kind for kind in specs.EDIT_KINDS if kind != "replace"]  # that one is in pre-training alone
     columns = [(b, metric, kind) for b, metric in evaluate.HEADLINE.items() for kind in kinds]
     scores, words = [], []
@@ -808,7 +809,7 @@ def lar_table(seeds, images=500):
         there = [seed for seed in (seeds[:1] if run in ONE_SEED else seeds) if (folder(run, seed) / "isa.pt").exists()]
         results = measured(run, there, "test")
         scores.append([label, *(cell([value(r, b, f"{kind} {metric}") for r in results]) for b, metric, kind in columns)])
-        looks = [look_at_words(folder(run, seed) / "isa.pt", blip, paths) for seed in there]
+        looks = [look_at_words(folder(run, seed) / "isa.pt", blip, paths, v) for seed in there]
         words.append([label, *(cell([x[i] for x in looks]) for i in range(4)), looks[0][4] if looks else "–"])
     return [
         "**What LAR changes: results by type of modifier.** One change, two or three, a description of the target.",
@@ -833,8 +834,14 @@ def word_rows(blip):
 
 
 @torch.no_grad()
-def look_at_words(checkpoint, blip, paths):
-    """The tokens U [M, L, d_w] of some images -> their mean norm, mean cosine to the nearest word, percent of nearest words that
+def features_of(blip, paths):
+    """BLIP's v [M, E] of some images: the same for every run, so computed once."""
+    return torch.cat([blip.encode_image(blip.preprocess(Image.open(path))[None], cls_only=True)[0] for path in paths])
+
+
+@torch.no_grad()
+def look_at_words(checkpoint, blip, paths, v):
+    """The tokens U [M, L, d_w] of some images, v [M, E] -> their mean norm, mean cosine to the nearest word, percent of nearest words that
     the image's full caption holds, R@1 of the sentence among the images, and the words that are nearest most often."""
     model, settings = train.load_query_model(checkpoint, blip)
     U, _ = evaluate.through_query_model(model, paths, "fp32", "cpu", 1)
@@ -844,7 +851,6 @@ def look_at_words(checkpoint, blip, paths):
     said = [[vocabulary[i] for i in row] for row in nearest.tolist()]
     true = [word in captions[path.stem].split() for path, words in zip(paths, said, strict=True) for word in words]
     t = blip.encode_text(*isa.compose_query(blip, U, prompt=settings["prompt"]))
-    v = torch.cat([blip.encode_image(blip.preprocess(Image.open(path))[None])[0] for path in paths])
     found = (t @ v.T).argmax(dim=1) == torch.arange(len(paths))
     often = Counter(word for words in said for word in words).most_common(6)
     numbers = U.norm(dim=-1).mean().item(), cosine.mean().item(), 100 * statistics.mean(true), 100 * found.float().mean().item()

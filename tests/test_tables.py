@@ -533,7 +533,9 @@ def test_learnt_words_are_looked_at(small_world, trained, pocket_blip, monkeypat
     spoken = [[*[word for word in captions[name].split() if len(word) > 1][:2], "zip"] for name in names]
     U = torch.stack([torch.stack([3 * rows[pocket_blip.tokenizer.vocab[word]] for word in words]) for words in spoken])
     monkeypatch.setattr(tables.evaluate, "through_query_model", lambda *_: (U, None))
-    norm, cosine, true, found, often = tables.look_at_words(trained.isa, pocket_blip, [benchmark.paths[name] for name in names])
+    paths = [benchmark.paths[name] for name in names]
+    v = tables.features_of(pocket_blip, paths)
+    norm, cosine, true, found, often = tables.look_at_words(trained.isa, pocket_blip, paths, v)
     assert norm == pytest.approx(U.norm(dim=-1).mean().item()) and cosine == pytest.approx(1, abs=1e-5)
     assert true == pytest.approx(200 / 3) and often.split()[0] == "zip" and 0 <= found <= 100
 
