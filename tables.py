@@ -841,8 +841,8 @@ def features_of(blip, paths):
 
 @torch.no_grad()
 def look_at_words(checkpoint, blip, paths, v):
-    """The tokens U [M, L, d_w] of some images, v [M, E] -> mean norm, mean cosine to the nearest word, percent of nearest words that
-    the image's full caption holds, R@1 of the sentence among the images, and the words that are nearest most often."""
+    """The tokens U [M, L, d_w] of some images with features v [M, E] -> their mean norm, mean cosine to the nearest word, percent
+    of nearest words that the image's full caption holds, R@1 of the sentence among the images, the words nearest most often."""
     model, settings = train.load_query_model(checkpoint, blip)
     U, _ = evaluate.through_query_model(model, paths, "fp32", "cpu", 1)
     vocabulary, rows = word_rows(blip)
