@@ -32,6 +32,7 @@ from tqdm import tqdm
 import blip_lite
 import isa
 import light_encoders
+from blip_lite.checks import check_folder, check_options
 from blip_lite.features import autocast, image_features, keep_freed_memory, pick_precision, round_frozen_weights
 from blip_lite.images import find_images
 from pocket import world
@@ -128,7 +129,7 @@ def read_sentences(path):
     Raises ValueError, one sentence that names the file and the concept, for anything else.
     """
     try:
-        made = json.loads(Path(path).read_text(encoding="utf-8"))
+        made = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give the path of {{concept: [sentences]}} in JSON") from None
     except (ValueError, RecursionError) as error:
@@ -328,7 +329,10 @@ def invert_in_chunks(blip, v, numbers, regularize, folder, **options):
         path, part = folder / f"{start:08d}.pt", slice(start, start + CHUNK)
         if not path.exists():
             save(invert(blip, v[part], regularize, numbers=numbers[part], **options).cpu(), path)
-        words.append(torch.load(path, weights_only=True))
+        try:
+            words.append(torch.load(path, weights_only=True))
+        except Exception:  # torch.load reports damaged files in many ways
+            raise ValueError(f"{path}: is damaged; delete it, it is then computed again") from None
     return torch.cat(words).to(v.device)
 
 
@@ -352,6 +356,7 @@ def searle(args):
     run = Path("runs") / args.name
     if (run / "isa.pt").exists() and not args.overwrite:
         raise ValueError(f"{run} already holds a training; replace it with --overwrite or give another --name")
+    check_folder(run)
     made = read_sentences(args.sentences)  # now: an error should not wait for the features
     keep_freed_memory()
     if args.threads:
@@ -404,15 +409,9 @@ def parse_args(argv=None):
     p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is faster here")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (0 = all); 1 where several trainings share a machine")
     args = parser.parse_args(argv)
-    for name, least in (("count", 2), ("concepts", 1), ("steps", 1), ("epochs", 1), ("seed", 0), ("threads", 0)):
-        if getattr(args, name) < least:
-            p.error(f"--{name} has to be at least {least}, not {getattr(args, name)}")
-    if args.lr <= 0 or not math.isfinite(args.lr):
+    check_options(p, args, count=2, concepts=1, steps=1, epochs=1, seed=0, threads=0)
+    if args.lr <= 0:
         p.error(f"--lr has to be positive, not {args.lr}")
-    try:
-        torch.device(args.device)
-    except RuntimeError:
-        p.error(f"--device has to be cpu or cuda, not {args.device}")
     return args
 
 

@@ -188,9 +188,11 @@ def _unique_keys(pairs):
 def _read_json(path, kind):
     """The content of a JSON file whose outermost value is a `kind`; a key that appears twice is an error."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: `python evaluate.py check` prints the files that are expected")
+        others = sorted(file.name for file in path.parent.glob(f"{path.name.split('.')[0]}.*.json"))[:6]
+        there = f" (there is {', '.join(others)})" if others else ""  # of another split, or another benchmark
+        raise FileNotFoundError(f"{path} is missing{there}: `python evaluate.py check` prints the files that are expected")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not usable JSON ({error}): write or download it again") from None
     return _typed(content, kind, f"{path}")

@@ -27,11 +27,12 @@ import benchmarks
 import blip_lite
 import isa
 import light_encoders
+from blip_lite.checks import check_lengths, check_options, check_output
 from blip_lite.features import autocast, image_features, keep_freed_memory, pick_precision, round_frozen_weights
 from blip_lite.images import list_images, load_images, open_image
 from pocket import world
 from pocket.specs import EDIT_KINDS
-from train import load_query_model
+from train import load_query_model, read_checkpoint
 
 POCKET_DATA = "data/pocket"
 SIMPLE = {  # method -> query features from (blip, v of the reference, modifiers)
@@ -210,10 +211,29 @@ def summarize(results):
             for m in results[0]}  # fmt: skip
 
 
+def check_modifiers(blip, benchmark, trained):
+    """ValueError for a modifier that is too long for BLIP after the sentence of one of the query models, given by their settings."""
+    label = " ".join(filter(None, (benchmark.name, benchmark.category, benchmark.split)))
+    texts = [(f"the modifier of query {q.id} of {label} ({text[:40]!r})", text) for q in benchmark.queries for text in modifiers(q)]
+    for prompt, tokens in {(settings["prompt"], settings["tokens"]) for settings in trained}:
+        check_lengths(blip, prompt, tokens, texts)
+
+
 def table(args):
+    checkpoints = {m: getattr(args, CHECKPOINTS[m]) for m in CHECKPOINTS if m in args.methods}
+    for path in sum(checkpoints.values(), []):  # what could fail at the end is asked at the start
+        read_checkpoint(path)
+    if "searle-oti" in args.methods:
+        baselines.read_sentences(args.sentences)
+    for path in filter(None, (args.json, args.picture)):
+        check_output(path)
+    if args.picture and Image.registered_extensions().get(Path(args.picture).suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"{args.picture}: PIL writes no such format; give a name that ends in .png")
     opened = open_benchmarks(args)
     blip, precision = open_blip(args)
-    models = {m: [load_query_model(path, blip) for path in getattr(args, CHECKPOINTS[m])] for m in CHECKPOINTS if m in args.methods}
+    models = {m: [load_query_model(path, blip) for path in paths] for m, paths in checkpoints.items()}
+    for benchmark in opened:
+        check_modifiers(blip, benchmark, [{"prompt": "", "tokens": 0}, *(settings for runs in models.values() for _, settings in runs)])
     settings = {k: v for k, v in vars(args).items() if isinstance(v, str | int | float | list | None)}
     report = {"settings": {**settings, "precision": precision, "blip_fingerprint": blip.fingerprint}, "results": {}}
     picture = None
@@ -320,6 +340,9 @@ def score(args):
         if benchmark.name == "cirr" and subsets is None:
             result = {k: v for k, v in result.items() if k[:2] != "Rs"}  # a top-50 list does not rank the whole subset
         results.append(result)
+        short = sum(len(names) < min(50, len(benchmark.gallery) - 1) for names in rankings.values())
+        if short:
+            print(f"{short} of {len(rankings)} lists hold fewer than 50 names; what they leave out counts as not found")
         print(f"{benchmark.name} {benchmark.category or ''} {benchmark.split}: "
               + "  ".join(f"{k} {v:.2f}" for k, v in result.items()))  # fmt: skip
         for aspect, value in benchmarks.aspect_scores(benchmark, rankings).items():
@@ -329,12 +352,16 @@ def score(args):
 
 
 def submit(args):
+    read_checkpoint(args.checkpoint)  # now: a gallery may take hours to encode
+    check_output(args.out)
     parts, out = annotated(args), Path(args.out)
     for benchmark in parts:
         require_images(benchmark)
-    out.parent.mkdir(parents=True, exist_ok=True)  # now: a gallery may take hours to encode
     blip, precision = open_blip(args)
     model, trained = load_query_model(args.checkpoint, blip)
+    for benchmark in parts:
+        check_modifiers(blip, benchmark, [trained])
+    out.parent.mkdir(parents=True, exist_ok=True)
     document, subset_document = {}, {}
     for benchmark in parts:
         setting = Setting(blip, benchmark, args, precision)
@@ -418,12 +445,7 @@ def parse_args(argv=None):
     p = command("check", check, "compare a folder with the layout that is expected", True)
     p.add_argument("--splits", nargs="+", default=["val"])
     args = parser.parse_args(argv)
-    if getattr(args, "workers", 0) < 0:
-        parser.error(f"--workers has to be at least 0, not {args.workers}")
-    try:
-        torch.device(getattr(args, "device", "cpu"))
-    except RuntimeError:
-        parser.error(f"--device has to be cpu or cuda, not {args.device}")
+    check_options(parser, args, workers=0)
     return args
 
 

@@ -45,8 +45,8 @@ def build(name, pretrained=None, blip=None, image_size=None):
     """
     if name not in NAMES:
         raise ValueError(f'there is no light encoder "{name}"; choose from {", ".join(NAMES)}')
-    if image_size is not None and (not isinstance(image_size, int) or image_size < 32):
-        raise ValueError(f"image_size {image_size} is not possible; give a whole number of pixels, 32 or more")
+    if image_size is not None and (not isinstance(image_size, int) or not 32 <= image_size <= MOST_PIXELS):
+        raise ValueError(f"image_size {image_size} is not possible; give a whole number of pixels, 32 or more (up to {MOST_PIXELS})")
     if name in BLIPS:
         if blip is None or pretrained is not None:
             raise ValueError(f'the encoder "{name}" is that of a loaded BLIP: give blip=, and no pretrained=')
@@ -490,7 +490,8 @@ def load_weights(encoder, state, source):
             problems.append(f"{name} is {list(state[name].shape)} instead of {list(x.shape)}")
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"the weights {source} do not fit this encoder: {'; '.join(problems[:10])}{more}")
+        raise ValueError(f"the weights {source} do not fit this encoder: {'; '.join(problems[:10])}{more}; give its own")
+    check_finite(state, f"the file {source}", "download it again")
     encoder.load_state_dict(state, strict=False)
 
 

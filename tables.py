@@ -46,6 +46,7 @@ import evaluate
 import isa
 import light_encoders
 import train
+from blip_lite.checks import check_output
 from blip_lite.features import autocast
 from pocket import drawing, specs
 
@@ -1051,6 +1052,8 @@ def parse_args(argv=None):
 
 
 def main(args):
+    if args.out:
+        check_output(args.out)
     runs = needed(args.names, args.seeds, args.imagenet)
     fingerprint = blip_lite.load("pocket").fingerprint if runs else None
     if args.commands:
@@ -1066,6 +1069,7 @@ def main(args):
         print("\n".join(made), flush=True)
         lines += made
     if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text("\n".join(lines))
         print(f"wrote {args.out}")
     return failures

@@ -32,6 +32,7 @@ import baselines
 import blip_lite
 import isa
 import light_encoders
+from blip_lite.checks import check_finite, check_folder, check_lengths, check_options
 from blip_lite.features import (
     autocast,
     bytes_per_image,
@@ -111,24 +112,14 @@ def parse_args(argv=None):
     preset = p.parse_known_args(argv)[0].preset
     p.set_defaults(**PRESETS[preset])
     args = p.parse_args(argv)
-    for name, least in (("epochs", 1), ("batch", 2), ("tokens", 1), ("save_every", 1), ("randaugment", 0), ("threads", 0),
-                        ("workers", 0), ("weight_decay", 0), ("seed", 0), ("shuffle_buffer", 1)):  # fmt: skip
-        if getattr(args, name) < least:
-            p.error(f"--{name.replace('_', '-')} has to be at least {least}, not {getattr(args, name)}")
-    if args.lr <= 0 or not math.isfinite(args.lr) or not 0 < args.crop <= 1:
+    check_options(p, args, epochs=1, batch=2, tokens=1, save_every=1, randaugment=0, threads=0, workers=0, weight_decay=0, seed=0,
+                  shuffle_buffer=1, query_size=1, lar_weight=0)  # fmt: skip
+    if args.lr <= 0 or not 0 < args.crop <= 1:
         p.error(f"--lr has to be positive and --crop in (0, 1], not {args.lr} and {args.crop}")
-    if args.query_size is not None and args.query_size < 1:
-        p.error(f"--query-size has to be at least 1, not {args.query_size}")
-    if args.lar_weight < 0 or not math.isfinite(args.lar_weight):
-        p.error(f"--lar-weight has to be at least 0, not {args.lar_weight}")
     if args.mapper == "mlp" and args.tokens != 1:
         p.error(f"--mapper mlp makes one word: give --tokens 1, not {args.tokens}")
     if args.randaugment > 30:
         p.error(f"--randaugment has to be at most 30, not {args.randaugment}")
-    try:
-        torch.device(args.device)
-    except RuntimeError:
-        p.error(f"--device has to be cpu or cuda, not {args.device}")
     for name in ("blip", "images"):
         if getattr(args, name) is None:
             p.error(f"--preset {preset} needs --{name}")
@@ -154,13 +145,17 @@ def read_checkpoint(path):
     """isa.pt or last.pt -> dict; tensors and plain data only, nothing is executed. Raises ValueError."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(checkpoint, dict) and {"query_model", "settings", "blip"} <= checkpoint.keys():
-            return checkpoint
+        if not {"query_model", "settings", "blip"} <= checkpoint.keys():
+            raise ValueError
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file; `python train.py` writes it") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder; name the isa.pt in it") from None
     except Exception:  # torch.load reports damaged files in many ways
-        pass
-    raise ValueError(f"{path}: is damaged or was not written by train.py; train again or name another checkpoint")
+        what = "is damaged or was not written by train.py"
+        raise ValueError(f"{path}: {what}; train again or name another checkpoint (BLIP's weights go to --blip)") from None
+    check_finite(checkpoint["query_model"], f"{path}:", "train again, with a lower --lr")
+    return checkpoint
 
 
 def load_query_model(path, blip):
@@ -174,7 +169,10 @@ def load_query_model(path, blip):
             f"{path}: was trained against BLIP {checkpoint['blip']}, this one is {blip.fingerprint}; their word spaces differ: "
             "give the same --blip and --image-size as in training"
         )
-    model = build_query_model(checkpoint["settings"], blip)
+    try:
+        model = build_query_model(checkpoint["settings"], blip)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: was written by another version of this program ({error}); train again") from None
     model.load_state_dict(checkpoint["query_model"])
     return model.to(blip.temp.device).eval(), checkpoint["settings"]
 
@@ -204,7 +202,10 @@ class TrainingImages(torch.utils.data.Dataset):
         self.augment = transforms.Compose(steps)
 
     def __getitem__(self, epoch_and_row):
-        """-> i, pixels [3, S, S], BLIP's pixels or None, {row: why it is damaged}; the next image stands in for a damaged one."""
+        """-> i, pixels [3, S, S], BLIP's pixels or None, {row: why it is damaged}; the next image stands in for a damaged one.
+
+        After a hundred damaged images i is None.
+        """
         epoch, row = epoch_and_row
         damaged = {}
         for i in ((row + step) % len(self.images) for step in range(100)):
@@ -217,11 +218,14 @@ class TrainingImages(torch.utils.data.Dataset):
                 torch.manual_seed(hash((self.seed, epoch, i)))
                 pixels = blip_lite.to_pixels(self.augment(image), self.size, *self.normalization)
             return i, pixels, self.blip_pixels(image) if self.blip_pixels else None, damaged
-        raise ValueError(f"a hundred damaged images follow each other, the first: {damaged[row]}")
+        return None, None, None, damaged  # an error in a worker would reach the user as its whole stack
 
     def batch(self, samples):
-        """Samples -> dict: pixels [B, 3, S, S], blip_pixels, v [B, E], F_v [B, 1+N, D] (float16; these may be None), damaged."""
+        """Samples -> dict: pixels [B, 3, S, S], blip_pixels, v [B, E], F_v [B, 1+N, D] (float16; these may be None), damaged;
+        or hopeless: why the first of a hundred damaged images is."""
         rows, pixels, blip_pixels, damaged = zip(*samples, strict=True)
+        if None in rows:
+            return {"hopeless": next(iter(damaged[rows.index(None)].values()))}
         stored = lambda x: None if x is None else torch.from_numpy(x[rows])  # noqa: E731
         return {
             "pixels": torch.stack(pixels),
@@ -358,6 +362,7 @@ def train(args):
     run, device = Path("runs") / args.name, torch.device(args.device)
     if (run / "last.pt").exists() and not (args.resume or args.overwrite):
         raise ValueError(f"{run} already holds a training; go on with --resume, replace it with --overwrite or give another --name")
+    check_folder(run)
     keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -374,6 +379,9 @@ def train(args):
     settings = {**vars(args), "precision": precision}
     if rank == 0:
         print(" ".join(f"{k}={v}" for k, v in settings.items()))
+        if args.resume and not (run / "last.pt").exists():
+            print(f"{run}/last.pt is not there: nothing to resume, training starts at step 0")
+    check_lengths(blip, args.prompt, args.tokens, [("--prompt with --tokens", "")])  # now: to store features may take hours
 
     images, features, bad = open_images(args, blip, precision)
     count = len(images) - len(bad)
@@ -422,6 +430,8 @@ def train(args):
         log = log_file.open("w")
         log.writelines(line for line in logged if json.loads(line)["step"] <= first)  # what a killed run did after is done again
     for step, sample in enumerate(bar, start=first):
+        if "hopeless" in sample:
+            raise ValueError(f"a hundred damaged images follow each other, the first: {sample['hopeless']}")
         torch.manual_seed((args.seed * 1_000_003 + step) * processes + rank)  # LAR's negatives
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr)
@@ -503,6 +513,8 @@ if __name__ == "__main__":
         train(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except torch.cuda.OutOfMemoryError:
+        sys.exit(f"train.py: the GPU has too little memory for --batch {arguments.batch}; give a smaller one, or --cache full")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted before the first step; no checkpoint was written")
     finally:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from .checks import check_folder
 from .images import Rows, load_images
 from .preprocess import MEAN, STD, to_pixels
 
@@ -113,6 +114,7 @@ def image_features(blip, images, cache, maps=False, skip_bad=False, precision="f
     """
     key = f"{blip.fingerprint} {maps} {precision} {np.dtype(dtype)} {images.key}"
     folder = Path(cache) / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    check_folder(cache)
     there = (folder / "done.json").exists()
     wait_for_all()  # before one of them writes it
     if not there:

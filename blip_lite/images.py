@@ -12,6 +12,7 @@ import io
 import os
 import shutil
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .checks import check_folder
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of oddities in files that it reads all the same, two lines for each
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def open_image(name, file=None):
-    """A path, or a name and an open file -> a decoded PIL image. ValueError, one sentence, if it is not readable."""
+    """A path, or a name and an open file -> a decoded PIL image, of an animation the first frame.
+
+    Raises ValueError, one sentence, if it is not readable; an image of more than 179 million pixels is refused undecoded (PIL's limit).
+    """
     try:
         image = Image.open(file or name)
         image.load()
@@ -32,7 +39,7 @@ def open_image(name, file=None):
         raise ValueError(f"{name}: there is no such image; check the data set with `python evaluate.py check`") from None
     except Exception as error:  # PIL's decoders raise nearly anything on damaged data
         empty = file.getbuffer().nbytes == 0 if file else Path(name).stat().st_size == 0
-        reason = "is empty" if empty else f"cannot be read as an image ({error})"
+        reason = "is empty" if empty else f"cannot be read as an image ({' '.join(str(error).split())})"
         raise ValueError(f"{name}: {reason}; replace or remove the file") from None
 
 
@@ -123,8 +130,11 @@ def find_images(folder, cache):
     The list is kept below `cache` until a name, a size or a time of change differs. Raises ValueError for a folder that does
     not exist or holds fewer than two images, and for a damaged shard.
     """
+    if Path(folder).is_file():
+        raise ValueError(f"{folder}: is a file; give the folder that holds it, or a folder of images, with --images")
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: there is no such folder; give a folder of images with --images")
+    check_folder(cache)
     digest, shards = hashlib.sha256(), []
     for path in _walk(folder):
         digest.update(_identity(path))

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import blip_lite
 from blip_lite.blip import MEAN, STD
+from blip_lite.checks import check_options, check_output
 from pocket import specs as language
 from pocket.drawing import draw
 from pocket.specs import EARLY_MIX, EDIT_KINDS, LATE_MIX, Rng
@@ -190,7 +191,9 @@ def fine_batch(rng, size, tokenizer, mix=LATE_MIX):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pocket.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--steps", type=int, default=5600, help="the schedule's length; fewer steps mean a weaker BLIP")
     parser.add_argument("--batch", type=int, default=192, help="pairs a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
@@ -201,12 +204,17 @@ def main():
     parser.add_argument("--validate", metavar="FILE", help='only print the held-out figures of these weights; "pocket" = ours')
     parser.add_argument("--out", type=Path, default=HERE / "blip.pth", help="weights (fp16); OUT.state resumes, OUT.log tells")
     args = parser.parse_args()
+    check_options(parser, args, steps=1, batch=8, seed=0, threads=1, held_out=2, save_every=1)
+    if args.lr <= 0:
+        parser.error(f"--lr has to be positive, not {args.lr}")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     if args.validate:
         vocab = None if args.validate == "pocket" else HERE / "vocab.txt"
         print(json.dumps({k: round(x, 1) for k, x in validate(blip_lite.load(args.validate, vocab=vocab), args.held_out).items()}))
         return
+    check_output(args.out)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     vocab = HERE / "vocab.txt"
     if not vocab.exists():
         vocab.write_text("\n".join(language.vocabulary()) + "\n")
@@ -225,7 +233,7 @@ def main():
         start = state["step"]
     print(f"{sum(p.numel() for p in blip.parameters()) / 1e6:.2f} M parameters, steps {start}..{args.steps}")
     began = time.time()
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps)
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
     for step in bar:
         torch.manual_seed(args.seed * 1_000_003 + step)  # a resumed run draws the same negatives
         rng, wrong = Rng(f"{args.seed}-{step}"), None

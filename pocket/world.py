@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from blip_lite.checks import check_folder, check_options
+
 from .drawing import draw
 from .specs import (
     BACKGROUNDS,
@@ -192,8 +194,9 @@ def write(out, seed=0, scale=1.0, workers=2):
     Raises ValueError for a folder that holds anything else.
     """
     out, size = Path(out), lambda n: max(4, round(n * scale))
-    if out.exists() and not (out / "world.json").exists() and (out.is_file() or any(out.iterdir())):
-        raise ValueError(f"{out}: holds other things than a pocket world, which would be lost; give another --out")
+    check_folder(out.parent)
+    if out.is_file() or (out.exists() and not (out / "world.json").exists() and any(out.iterdir())):
+        raise ValueError(f"{out}: holds other things than a pocket world, which would be lost; move it, or give another --out")
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     captions = {"cirr": {}, "fashioniq": {}, "circo": {}}
@@ -244,18 +247,28 @@ def write(out, seed=0, scale=1.0, workers=2):
 def ensure(out="data/pocket", seed=0):
     """Draw the world unless `out` already holds the one of this seed; says what it does."""
     marker = Path(out) / "world.json"
-    if marker.exists() and json.loads(marker.read_text())["seed"] == seed:
-        return
+    try:
+        if json.loads(marker.read_text())["seed"] == seed:
+            return
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{marker}: is damaged; delete {out}, it is then drawn again") from None
     print(f"drawing the pocket world into {out} (seed {seed}) ...", flush=True)
     write(out, seed)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the pocket world: training images and three benchmarks.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pocket.world", description="Draw the pocket world: training images and three benchmarks.", allow_abbrev=False
+    )
     parser.add_argument("--out", default="data/pocket", help="folder to write; an older world there is replaced")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other images of the same kind")
     parser.add_argument("--scale", type=float, default=1.0, help="size of the world; 0.02 is enough for a test")
     args = parser.parse_args()
+    check_options(parser, args, seed=0)
+    if not 0 < args.scale <= 100:
+        parser.error(f"--scale has to be above 0 and at most 100, not {args.scale}")
     try:
         write(args.out, args.seed, args.scale)
     except (ValueError, OSError) as error:
