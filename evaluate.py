@@ -9,7 +9,6 @@
 
 import argparse
 import json
-import os
 import signal
 import statistics
 import sys
@@ -28,6 +27,7 @@ import blip_lite
 import isa
 import light_encoders
 from blip_lite.features import autocast, image_features, keep_freed_memory, pick_precision, round_frozen_weights
+from blip_lite.files import replacing
 from blip_lite.images import list_images, load_images, open_image
 from pocket import world
 from pocket.specs import EDIT_KINDS
@@ -149,7 +149,7 @@ class Setting:
 
     def invert(self, v):
         """SEARLE's optimization-based inversion of images, given by v [R, E] -> words [R, 1, d_w]; minutes."""
-        regularize = baselines.TextRegularization(self.blip, self.sentences, precision=self.precision)
+        regularize = baselines.TextRegularization(self.blip, baselines.read_sentences(self.sentences), precision=self.precision)
         return baselines.invert(self.blip, v, regularize, precision=self.precision)
 
     def rank(self, q, query_model=None, k=50):
@@ -246,8 +246,8 @@ def table(args):
     if picture is not None:
         path = Path(args.picture)
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path.with_name(f".{path.name}"))  # a hidden name until it is complete
-        os.replace(path.with_name(f".{path.name}"), path)
+        with replacing(path) as file:
+            picture.save(file)
         print(f"wrote {args.picture}: query, modifier, the five best; framed = the target")
 
 
@@ -298,9 +298,8 @@ def draw_picture(setting, rankings, count=6, top=5, side=96):
 def write_json(path, value):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 # ---------------------------------------------------------------------------------------------- score, submit, check

@@ -19,6 +19,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .files import clear, complete, locked
+from .signals import ignore_signals
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -132,14 +135,16 @@ def find_images(folder, cache):
             shards.append(path)
     kept = Path(cache) / f"images-{digest.hexdigest()[:16]}"
     if not kept.is_dir():
-        draft = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        try:
-            _write_list(folder, shards, draft)
-            draft.rename(kept)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        draft = kept.with_name(f"{kept.name}.tmp")
+        with locked(draft):
+            try:
+                clear(draft)  # of what a killed process left
+                if not kept.is_dir():  # another process may have made it while this one waited
+                    _write_list(folder, shards, draft)
+                    complete(draft, kept)
+            except BaseException:
+                clear(draft)
+                raise
     return ImageList(kept / "names", Rows(kept / "table.npy"), shards, digest.hexdigest())
 
 
@@ -228,7 +233,8 @@ def load_images(images, preprocess, batch_size, workers, rows=None, pin_memory=F
     images: an ImageList; rows: a range of them, by default all.
     """
     data = Prepared(images, preprocess, range(len(images)) if rows is None else rows)
-    return torch.utils.data.DataLoader(data, batch_size, num_workers=workers, collate_fn=_sort_out, pin_memory=pin_memory)
+    return torch.utils.data.DataLoader(data, batch_size, num_workers=workers, collate_fn=_sort_out, pin_memory=pin_memory,
+                                       worker_init_fn=ignore_signals)  # fmt: skip
 
 
 def _sort_out(samples):
