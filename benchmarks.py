@@ -19,6 +19,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
+from blip_lite.files import replacing
+
 CATEGORIES = ("dress", "shirt", "toptee")  # FashionIQ is three benchmarks, each with its own gallery
 SUBMITTED = {"recall": 50, "recall_subset": 3}  # names per query that the test servers of CIRR and CIRCO accept
 TREES = {
@@ -539,12 +541,8 @@ def write_predictions(path, document):
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"folder {path.parent} does not exist: create it, or choose another file name")
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")  # CIRR's limit is 5 MB
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(json.dumps(document, separators=(",", ":")).encode())  # CIRR's limit is 5 MB
 
 
 def read_predictions(path, benchmark, metric="recall"):

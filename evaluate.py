@@ -9,7 +9,6 @@
 
 import argparse
 import json
-import os
 import signal
 import statistics
 import sys
@@ -29,6 +28,7 @@ import isa
 import light_encoders
 from blip_lite.checks import check_lengths, check_options, check_output
 from blip_lite.features import autocast, image_features, keep_freed_memory, pick_precision, round_frozen_weights
+from blip_lite.files import replacing
 from blip_lite.images import list_images, load_images, open_image
 from pocket import world
 from pocket.specs import EDIT_KINDS
@@ -150,7 +150,7 @@ class Setting:
 
     def invert(self, v):
         """SEARLE's optimization-based inversion of images, given by v [R, E] -> words [R, 1, d_w]; minutes."""
-        regularize = baselines.TextRegularization(self.blip, self.sentences, precision=self.precision)
+        regularize = baselines.TextRegularization(self.blip, baselines.read_sentences(self.sentences), precision=self.precision)
         return baselines.invert(self.blip, v, regularize, precision=self.precision)
 
     def rank(self, q, query_model=None, k=50):
@@ -212,7 +212,7 @@ def summarize(results):
 
 
 def check_modifiers(blip, benchmark, trained):
-    """ValueError for a modifier that is too long for BLIP after the sentence of one of the query models, given by their settings."""
+    """ValueError for a modifier that is too long for BLIP, after the sentence of any of the models with the settings `trained`."""
     label = " ".join(filter(None, (benchmark.name, benchmark.category, benchmark.split)))
     texts = [(f"the modifier of query {q.id} of {label} ({text[:40]!r})", text) for q in benchmark.queries for text in modifiers(q)]
     for prompt, tokens in {(settings["prompt"], settings["tokens"]) for settings in trained}:
@@ -232,8 +232,9 @@ def table(args):
     opened = open_benchmarks(args)
     blip, precision = open_blip(args)
     models = {m: [load_query_model(path, blip) for path in paths] for m, paths in checkpoints.items()}
+    trained = [{"prompt": "", "tokens": 0}, *(settings for runs in models.values() for _, settings in runs)]
     for benchmark in opened:
-        check_modifiers(blip, benchmark, [{"prompt": "", "tokens": 0}, *(settings for runs in models.values() for _, settings in runs)])
+        check_modifiers(blip, benchmark, trained)
     settings = {k: v for k, v in vars(args).items() if isinstance(v, str | int | float | list | None)}
     report = {"settings": {**settings, "precision": precision, "blip_fingerprint": blip.fingerprint}, "results": {}}
     picture = None
@@ -266,8 +267,8 @@ def table(args):
     if picture is not None:
         path = Path(args.picture)
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path.with_name(f".{path.name}"))  # a hidden name until it is complete
-        os.replace(path.with_name(f".{path.name}"), path)
+        with replacing(path) as file:
+            picture.save(file)
         print(f"wrote {args.picture}: query, modifier, the five best; framed = the target")
 
 
@@ -318,9 +319,8 @@ def draw_picture(setting, rankings, count=6, top=5, side=96):
 def write_json(path, value):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 # ---------------------------------------------------------------------------------------------- score, submit, check

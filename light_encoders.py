@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from blip_lite import MEAN, STD, to_pixels
+from blip_lite.checks import MOST_PIXELS, check_finite
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NAMES = ("efficientnet_b0", "efficientnet_b2", "mobilenet_v2", "efficientvit_m2", "mobilevitv2_100", "pocketnet",
@@ -46,7 +47,7 @@ def build(name, pretrained=None, blip=None, image_size=None):
     if name not in NAMES:
         raise ValueError(f'there is no light encoder "{name}"; choose from {", ".join(NAMES)}')
     if image_size is not None and (not isinstance(image_size, int) or not 32 <= image_size <= MOST_PIXELS):
-        raise ValueError(f"image_size {image_size} is not possible; give a whole number of pixels, 32 or more (up to {MOST_PIXELS})")
+        raise ValueError(f"image_size {image_size} is not possible; give a whole number of pixels, 32 or more, up to {MOST_PIXELS}")
     if name in BLIPS:
         if blip is None or pretrained is not None:
             raise ValueError(f'the encoder "{name}" is that of a loaded BLIP: give blip=, and no pretrained=')

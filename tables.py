@@ -48,6 +48,7 @@ import light_encoders
 import train
 from blip_lite.checks import check_output
 from blip_lite.features import autocast
+from blip_lite.files import replacing
 from pocket import drawing, specs
 
 ROOT = Path(__file__).resolve().parent
@@ -515,6 +516,8 @@ def call(command, log, threads=0):
             if child.poll() is None:  # Ctrl-C for the second time
                 child.kill()
             print(f"tables.py: {time.time() - began:.0f} s", file=out)
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise ValueError(f"`{shown(command)}` was stopped from outside; the same command goes on")
     if status:
         raise ValueError(f"`{shown(command)}` failed; its last words are in {log}")
 
@@ -529,8 +532,6 @@ def run_missing(names, args, fingerprint):
             for command in missing(run, seed, splits, fingerprint, args.threads):
                 tqdm.write(f"$ {shown(command)}")
                 call(command, folder(run, seed) / "log.txt", args.threads)
-                if command[0] != "evaluate.py" and trained(run, seed, fingerprint) != "done":
-                    raise ValueError(f"the training of {folder(run, seed)} was stopped from outside; the same command goes on")
         except ValueError as error:  # the others go on: a night should not be lost to one row
             failures.append(str(error))
             tqdm.write(f"tables.py: {error}")
@@ -864,6 +865,8 @@ TILE, GAP, GREEN, RED = 64, 6, (30, 160, 60), (215, 20, 20)
 
 def open_retrieval(checkpoints, data=None):
     """{run: path of isa.pt} -> the pocket CIRR test set ready to be queried, {run: query model}, {run: rankings}."""
+    for path in checkpoints.values():
+        train.read_checkpoint(path)  # now: the world may have to be drawn
     args = evaluate.parse_args(["table", "--benchmark", "cirr", *(["--data", str(data)] if data else [])])
     (benchmark,) = evaluate.open_benchmarks(args)
     blip, precision = evaluate.open_blip(args)
@@ -916,7 +919,8 @@ def draw_figure(name, args, data=None, out="pocket/figures"):
         y += block.height + 3 * GAP
     path = Path(out) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    with replacing(path) as file:
+        sheet.save(file, optimize=True)
     return path, f"{told} in the pocket CIRR test set. Framed green: the target."
 
 
@@ -1070,7 +1074,8 @@ def main(args):
         lines += made
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text("\n".join(lines))
+        with replacing(args.out) as file:
+            file.write("\n".join(lines).encode())
         print(f"wrote {args.out}")
     return failures
 

@@ -13,13 +13,13 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
 import time
 import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from signal import SIGTERM
 
 import numpy as np
 import torch
@@ -44,7 +44,9 @@ from blip_lite.features import (
     round_frozen_weights,
     wait_for_all,
 )
+from blip_lite.files import cut_log, explained, replacing
 from blip_lite.images import find_images
+from blip_lite.signals import exit_interrupted, ignore_signals, interrupt_on_signals, note_signals
 from pocket import world
 
 PRESETS = {
@@ -55,6 +57,7 @@ PRESETS = {
 }  # fmt: skip
 MAY_CHANGE = {"name", "images", "cache", "cache_dir", "workers", "threads", "resume", "overwrite", "device", "save_every", "blip",
               "vocab", "compile"}  # fmt: skip
+OTHER_VERSION = "was written by another version of this program; train again, with --overwrite or another --name"
 MAPPERS = ("atl", "st", "atl-no-ca", "atl-no-sa", "mlp")
 RUN = 1000  # images that follow each other on disk and stay together when an epoch is shuffled, up to --shuffle-buffer
 
@@ -158,6 +161,14 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def fill(model, state, path):
+    """Load a state dict of the checkpoint `path` into a model or an optimizer. Raises ValueError where it is another one's."""
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{path}: {OTHER_VERSION}") from None
+
+
 def load_query_model(path, blip):
     """runs/NAME/isa.pt -> the QueryModel, in eval mode, on BLIP's device, and its settings.
 
@@ -171,9 +182,9 @@ def load_query_model(path, blip):
         )
     try:
         model = build_query_model(checkpoint["settings"], blip)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: was written by another version of this program ({error}); train again") from None
-    model.load_state_dict(checkpoint["query_model"])
+    except (KeyError, ValueError):
+        raise ValueError(f"{path}: {OTHER_VERSION}") from None
+    fill(model, checkpoint["query_model"], path)
     return model.to(blip.temp.device).eval(), checkpoint["settings"]
 
 
@@ -269,12 +280,6 @@ def batches(n, bad, batch, seed, first_step, steps, buffer, rank=0, processes=1)
                 yield [(epoch, row) for row in mine.tolist()]
 
 
-def leave_signals_to_the_loop(worker):
-    """Ctrl-C and often SIGTERM go to all processes of a run, but the step in hand still wants its images."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def learning_rate(step, steps, peak):
     """Section 4.1: 5 of 20 epochs linear warm-up, then cosine annealing to zero; the same shape for any length."""
     warmup = steps // 4
@@ -284,16 +289,23 @@ def learning_rate(step, steps, peak):
 
 
 # ---------------------------------------------------------------------------------------------- training
-def save(checkpoint, path):
-    """Write to a temporary name, then rename: whoever stops this process never leaves half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(checkpoint, temporary)
-    os.replace(temporary, path)
+def save(run, step, settings, fingerprint, images, query_model, optimizer):
+    """Write runs/NAME/last.pt and isa.pt. Raises ValueError for weights that are not finite: the older files then stay."""
+    weights = query_model.state_dict()
+    if not all(x.isfinite().all() for x in weights.values()):
+        raise ValueError(f"weights are not finite after step {step} and are not saved; lower --lr and start anew with --overwrite")
+    state = {"query_model": weights, "settings": settings, "blip": fingerprint, "images": images, "step": step}
+    with replacing(run / "last.pt") as file:
+        torch.save({**state, "optimizer": optimizer.state_dict()}, file)
+    with replacing(run / "isa.pt") as file:
+        torch.save(state, file)
 
 
 def resume(run, settings, fingerprint, images, query_model, optimizer):
     """Load runs/NAME/last.pt into the model and the optimizer -> the next step. Raises ValueError where settings differ."""
     checkpoint = read_checkpoint(run / "last.pt")
+    if not {"optimizer", "images", "step"} <= checkpoint.keys() or (settings.keys() - MAY_CHANGE) - checkpoint["settings"].keys():
+        raise ValueError(f"{run}/last.pt: {OTHER_VERSION}")
     for name in settings.keys() - MAY_CHANGE:
         if checkpoint["settings"].get(name) != settings[name]:
             raise ValueError(
@@ -304,9 +316,17 @@ def resume(run, settings, fingerprint, images, query_model, optimizer):
         raise ValueError(f"{run}/last.pt was trained against BLIP {checkpoint['blip']}, not {fingerprint}; give the same --blip")
     if checkpoint["images"] != images:
         raise ValueError(f"{run}/last.pt was trained on {checkpoint['images']} images, not {images}; give the same --images")
-    query_model.load_state_dict(checkpoint["query_model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    fill(query_model, checkpoint["query_model"], run / "last.pt")
+    fill(optimizer, checkpoint["optimizer"], run / "last.pt")
     return checkpoint["step"]
+
+
+def step_of(path):
+    """The step of a checkpoint; None where there is none or it is damaged."""
+    try:
+        return read_checkpoint(path).get("step")
+    except ValueError:
+        return None
 
 
 def gather(x):
@@ -354,11 +374,12 @@ def open_images(args, blip, precision):
         counts = f"{len(features.bad)} of {len(images)} images in {args.images} are damaged"
         raise ValueError(f"{counts}, which is more than 1 %; mend them, or train without them by --skip-bad-images")
     if features.bad and rank == 0:
-        print(f"{len(features.bad)} of {len(images)} images are damaged and left out", file=sys.stderr)
+        print(f"skipped: {len(features.bad)} of {len(images)} images, which are damaged", file=sys.stderr)
     return images, features, sorted(features.bad)
 
 
 def train(args):
+    """-> the number of the signal that stopped the run, or 0. Raises ValueError and OSError for what the user can mend."""
     run, device = Path("runs") / args.name, torch.device(args.device)
     if (run / "last.pt").exists() and not (args.resume or args.overwrite):
         raise ValueError(f"{run} already holds a training; go on with --resume, replace it with --overwrite or give another --name")
@@ -369,6 +390,7 @@ def train(args):
     rank, processes = process()
     if args.batch % processes:
         raise ValueError(f"--batch {args.batch} cannot be shared out among {processes} processes; give a multiple of {processes}")
+    sentences = baselines.read_sentences(args.sentences) if args.loss == "gcd+llm" else None
     blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=device)
     precision = from_the_first(pick_precision(device)) if args.precision == "auto" else args.precision  # which is timed
     if args.resume and (run / "last.pt").exists() and args.precision == "auto":
@@ -392,7 +414,7 @@ def train(args):
     needs_maps = "lar" in args.loss
     looks = args.gallery == "blip" and (args.cache == "none" or (args.cache == "global" and needs_maps))  # BLIP, at every step
     if args.loss == "gcd+llm":
-        text_regularization = baselines.TextRegularization(blip, args.sentences, precision=precision)
+        text_regularization = baselines.TextRegularization(blip, sentences, precision=precision)
 
     parameters = [p for p in query_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
@@ -406,29 +428,22 @@ def train(args):
         size = sum(p.numel() for p in parameters) / 1e6
         print(f"{size:.2f} M trained parameters on the query side, {count} images, steps {first}..{steps}")
         run.mkdir(parents=True, exist_ok=True)
+        cut_log(run / "log.jsonl", first)
 
-    def checkpoint(step):
-        state = {"query_model": query_model.state_dict(), "settings": settings, "blip": blip.fingerprint, "images": count,
-                 "step": step}  # fmt: skip
-        save({**state, "optimizer": optimizer.state_dict()}, run / "last.pt")
-        save(state, run / "isa.pt")
-
-    stop = []  # Ctrl-C and SIGTERM end the training after the step in hand
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(True))
+    checkpoint = partial(save, run, settings=settings, fingerprint=blip.fingerprint, images=count, query_model=query_model,
+                         optimizer=optimizer)  # fmt: skip
+    if rank == 0 and first and step_of(run / "isa.pt") != first:  # killed between the two files
+        checkpoint(first)
+    stop = note_signals(at_once=processes == 1)  # they end the training after the step in hand; torchrun sends its own besides
     preprocess = partial(blip_lite.to_pixels, image_size=blip.image_size, mean=blip_lite.MEAN, std=blip_lite.STD)
     data = TrainingImages(images, query_model.encoder, args, features, preprocess if looks else None)
     loader = torch.utils.data.DataLoader(
         data, batch_sampler=batches(count, bad, batch, args.seed, first, steps, args.shuffle_buffer, rank, processes),
         collate_fn=data.batch, num_workers=args.workers, pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals_to_the_loop,
+        worker_init_fn=ignore_signals,
     )  # fmt: skip
     bar = tqdm(loader, total=steps, initial=first, desc="training", disable=True if rank else None)
-    log_file, damaged, began = run / "log.jsonl", set(), time.time()
-    if rank == 0:
-        logged = log_file.read_text().splitlines(keepends=True) if first and log_file.exists() else []
-        log = log_file.open("w")
-        log.writelines(line for line in logged if json.loads(line)["step"] <= first)  # what a killed run did after is done again
+    damaged, began = set(), time.time()
     for step, sample in enumerate(bar, start=first):
         if "hopeless" in sample:
             raise ValueError(f"a hundred damaged images follow each other, the first: {sample['hopeless']}")
@@ -482,16 +497,18 @@ def train(args):
         bar.set_postfix({k: f"{x:.3f}" for k, x in row.items()} | {"img/s": round(speed)}, refresh=False)
         if rank == 0 and ((step + 1) % 20 == 0 or step + 1 == steps):
             row = {"step": step + 1, "images_per_s": round(speed), **{k: round(x, 4) for k, x in row.items()}}
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+            with explained(run / "log.jsonl"), (run / "log.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
         if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps or stopped):
             checkpoint(step + 1)
-        if stopped:
+        if stopped and step + 1 < steps:
             if rank == 0:
                 print(f"\nstopped after step {step + 1}; --resume goes on from {run}/last.pt")
-            return
+            wait_for_all()  # torchrun ends the others as soon as one has ended
+            return stop[0] if stop else SIGTERM
     if rank == 0:
         print(f"wrote {run}/isa.pt after {time.time() - began:.0f} s; now: python evaluate.py table --checkpoint {run}/isa.pt")
+    return stop[0] if stop else 0
 
 
 def join_processes(args):
@@ -506,17 +523,20 @@ def join_processes(args):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: features that are half done are removed
+    interrupt_on_signals()
+    arguments = parse_args()
     try:
-        arguments = parse_args()
         join_processes(arguments)
-        train(arguments)
+        stopped = train(arguments)
+        sys.exit(128 + stopped if stopped else 0)  # as shells tell it: `train.py && evaluate.py` stops here
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except torch.cuda.OutOfMemoryError:
         sys.exit(f"train.py: the GPU has too little memory for --batch {arguments.batch}; give a smaller one, or --cache full")
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted before the first step; no checkpoint was written")
+    except KeyboardInterrupt as interrupt:
+        last = Path("runs") / arguments.name / "last.pt"
+        what = f"--resume goes on from {last}" if last.exists() else "no checkpoint was written; stored features are kept"
+        exit_interrupted(interrupt, f"train.py: interrupted; {what}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

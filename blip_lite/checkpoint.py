@@ -17,6 +17,7 @@ import torch
 
 from .blip import Blip
 from .checks import MOST_PIXELS, check_finite
+from .files import replacing
 from .tokenizer import Tokenizer
 from .vit import HEAD_WIDTH, resize_position_embedding
 
@@ -103,16 +104,10 @@ def save(blip, path):
 
     An older file is replaced only when the new one is complete. The temperature stays float32: the losses divide by it.
     """
-    path = Path(path)
     state = {name: tensor.detach().cpu() for name, tensor in blip.state_dict().items()}
     state = {name: tensor.half().contiguous() if tensor.dim() else tensor.float() for name, tensor in state.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"model": state}, file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        torch.save({"model": state}, file)
 
 
 def infer_sizes(state_dict, image_size=None):

@@ -67,4 +67,5 @@ def check_lengths(blip, prompt, tokens, texts):
     for what, text in texts:
         excess = len(blip.tokenizer.tokenize(f"that {text}" if text.strip() else "")) - room
         if excess > 0:
-            raise ValueError(f"{what}: makes a sentence of {places + excess} tokens, longer than BLIP's {places} positions; shorten it")
+            found = f"makes a sentence of {places + excess} tokens"
+            raise ValueError(f"{what}: {found}, longer than BLIP's {places} positions; shorten it")

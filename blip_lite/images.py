@@ -21,6 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from .checks import check_folder
+from .files import clear, complete, locked
+from .signals import ignore_signals
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of oddities in files that it reads all the same, two lines for each
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -29,7 +31,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 def open_image(name, file=None):
     """A path, or a name and an open file -> a decoded PIL image, of an animation the first frame.
 
-    Raises ValueError, one sentence, if it is not readable; an image of more than 179 million pixels is refused undecoded (PIL's limit).
+    Raises ValueError, one sentence, if it is not readable. Beyond 179 million pixels, PIL's limit, it is not even decoded.
     """
     try:
         image = Image.open(file or name)
@@ -142,14 +144,16 @@ def find_images(folder, cache):
             shards.append(path)
     kept = Path(cache) / f"images-{digest.hexdigest()[:16]}"
     if not kept.is_dir():
-        draft = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        try:
-            _write_list(folder, shards, draft)
-            draft.rename(kept)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        draft = kept.with_name(f"{kept.name}.tmp")
+        with locked(draft):
+            try:
+                clear(draft)  # of what a killed process left
+                if not kept.is_dir():  # another process may have made it while this one waited
+                    _write_list(folder, shards, draft)
+                    complete(draft, kept)
+            except BaseException:
+                clear(draft)
+                raise
     return ImageList(kept / "names", Rows(kept / "table.npy"), shards, digest.hexdigest())
 
 
@@ -238,7 +242,8 @@ def load_images(images, preprocess, batch_size, workers, rows=None, pin_memory=F
     images: an ImageList; rows: a range of them, by default all.
     """
     data = Prepared(images, preprocess, range(len(images)) if rows is None else rows)
-    return torch.utils.data.DataLoader(data, batch_size, num_workers=workers, collate_fn=_sort_out, pin_memory=pin_memory)
+    return torch.utils.data.DataLoader(data, batch_size, num_workers=workers, collate_fn=_sort_out, pin_memory=pin_memory,
+                                       worker_init_fn=ignore_signals)  # fmt: skip
 
 
 def _sort_out(samples):

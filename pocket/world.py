@@ -259,9 +259,8 @@ def ensure(out="data/pocket", seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m pocket.world", description="Draw the pocket world: training images and three benchmarks.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="python -m pocket.world", allow_abbrev=False,
+                                     description="Draw the pocket world: training images and three benchmarks.")  # fmt: skip
     parser.add_argument("--out", default="data/pocket", help="folder to write; an older world there is replaced")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other images of the same kind")
     parser.add_argument("--scale", type=float, default=1.0, help="size of the world; 0.02 is enough for a test")

@@ -211,6 +211,7 @@ class Case:
     leaves: tuple = ()  # files that may be new afterwards, beside cache/
 
 
+LOG = ("runs/new/log.jsonl",)
 HTML = "<!DOCTYPE html><html><body>Sign in to download</body></html>"
 TRAIN = "train.py --images {images} --precision fp32 --workers 0 --batch 8 --epochs 1 --name new"
 FROM_LAST = f"{TRAIN} --name old --cache-dir {{cache}} --resume"
@@ -221,7 +222,7 @@ SEARLE = "baselines.py searle --images {images} --precision fp32 --name new --ca
 WORLD = "-m pocket.world"
 PRETRAIN = "-m pocket.pretrain --steps 1 --batch 8 --held-out 10"
 DOWNLOAD = "-m blip_lite.download vocab.txt --base-url http://127.0.0.1:9"
-CIRR_VAL, CIRR_SPLIT = "captions/cap.rc2.test1.json", "image_splits/split.rc2.test1.json"
+CIRR_TEST, CIRR_SPLIT = "captions/cap.rc2.test1.json", "image_splits/split.rc2.test1.json"
 DRESS, DRESS_SPLIT, CIRCO_TEST = "captions/cap.dress.test.json", "image_splits/split.dress.test.json", "annotations/test.json"
 FASHION = f"{TABLE.replace('cirr', 'fashioniq')} fashioniq"
 CIRCO = f"{TABLE.replace('cirr', 'circo')} circo"
@@ -245,7 +246,7 @@ CASES = [
     case("blip is a web page", f"{TABLE} {{world}}/cirr --blip x.pth", "x.pth is a web page, not weights", "download it again",
          prepare=content("x.pth", HTML), real=True),
     case("blip is isa.pt", f"{TABLE} {{world}}/cirr --blip {{isa}}", "isa.pt", "train.py", "--checkpoint"),
-    case("blip and checkpoint swapped", f"evaluate.py table --benchmark cirr --data {{world}}/cirr --blip {{isa}} --checkpoint "
+    case("blip and checkpoint swapped", "evaluate.py table --benchmark cirr --data {world}/cirr --blip {isa} --checkpoint "
          "{blip}", "blip.pth", "--blip"),
     case("blip is a folder of images", f"{TRAIN} --blip {{images}}", "holds none of model.safetensors", "give the path"),
     case("blip is a query model's state dict", f"{TRAIN} --blip x.pth", "x.pth: not a BLIP", "use a",
@@ -284,7 +285,7 @@ CASES = [
     # ---- checkpoints of train.py
     case("checkpoint executes code", f"{TABLE} {{world}}/cirr --checkpoint x.pt", "x.pt", "damaged or was not written by train.py",
          prepare=evil("x.pt"), real=True),
-    case("last.pt executes code", f"{FROM_LAST}", "runs/old/last.pt", "was not written by train.py", prepare=evil("runs/old/last.pt"),
+    case("last.pt executes code", FROM_LAST, "runs/old/last.pt", "was not written by train.py", prepare=evil("runs/old/last.pt"),
          real=True),
     case("pretrained executes code", f"{TRAIN} --pretrained x.pth", "x.pth", "refused", "torch.save", prepare=evil("x.pth")),
     case("pretrained missing", f"{TRAIN} --pretrained none.pth", "none.pth cannot be read", "give a file's path"),
@@ -307,13 +308,13 @@ CASES = [
     case("checkpoint for another BLIP", f"{TABLE} {{world}}/cirr --blip blip.pth", "was trained against BLIP", "same --blip",
          prepare=blip_weights(lambda state: state["itm_head.bias"].add_(1))),
     case("checkpoint for another image size", f"{TABLE} {{world}}/cirr --image-size 96", "@64", "@96", "--image-size"),
-    case("checkpoint without a key", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt", "mapper.W_p.bias", "train again",
+    case("checkpoint without a key", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt: was written by another version", "train again",
          prepare=checkpoint(lambda c: c["query_model"].pop("mapper.W_p.bias"))),
-    case("checkpoint of another shape", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt", "mapper.W_p.bias", "train again",
+    case("checkpoint of another shape", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt: was written by another version", "train again",
          prepare=checkpoint(lambda c: c["query_model"].update({"mapper.W_p.bias": torch.zeros(3)}))),
     case("checkpoint without settings", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt", "train again",
          prepare=checkpoint(lambda c: c["settings"].pop("encoder"))),
-    case("checkpoint with an unknown encoder", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt", "resnet",
+    case("checkpoint with an unknown encoder", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt: was written by another version", "train again",
          prepare=checkpoint(lambda c: c["settings"].update(encoder="resnet"))),
     case("checkpoint with NaN", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt", "NaN", "mapper.W_p.bias", "train again",
          prepare=checkpoint(lambda c: c["query_model"]["mapper.W_p.bias"].fill_(torch.nan))),
@@ -323,8 +324,8 @@ CASES = [
          prepare=checkpoint(lambda c: None, "runs/old/last.pt", "last")),
     case("resume from a cut-off file", FROM_LAST, "runs/old/last.pt: is damaged",
          prepare=truncated("{last}", "runs/old/last.pt")),
-    case("resume from a damaged optimizer", FROM_LAST + " --batch 40 --lr 2e-3 --images {trained_images}", "runs/old/last.pt",
-         "--overwrite", prepare=checkpoint(lambda c: c["optimizer"].update(param_groups=[]), "runs/old/last.pt", "last")),
+    case("resume from a damaged optimizer", FROM_LAST + " --batch 40 --images {trained_images}", "runs/old/last.pt", "--overwrite",
+         prepare=checkpoint(lambda c: c["optimizer"].update(param_groups=[]), "runs/old/last.pt", "last")),
     case("an older training is in the way", f"{TRAIN} --name old", "runs/old already holds a training", "--overwrite",
          prepare=checkpoint(lambda c: None, "runs/old/last.pt", "last")),
 
@@ -341,12 +342,13 @@ CASES = [
     case("damaged images", f"{TRAIN} --images photos", "2 of 14 images in photos are damaged", "--skip-bad-images",
          prepare=photos(("a.png", b""), ("b.png", b"\x89PNG\r\n\x1a\n"))),
     case("a hundred damaged images in a row", f"{TRAIN} --images photos --cache none", "damaged images follow each other",
-         "photos/a000.png", prepare=photos(*((f"a{i:03d}.png", b"text") for i in range(120)))),
+         "photos/a", leaves=LOG, prepare=photos(*((f"a{i:03d}.png", b"text") for i in range(120)))),
     case("a hundred damaged images in a row, in a worker", f"{TRAIN} --images photos --cache none --workers 1",
-         "damaged images follow each other", prepare=photos(*((f"a{i:03d}.png", b"text") for i in range(120))), real=True),
+         "damaged images follow each other", prepare=photos(*((f"a{i:03d}.png", b"text") for i in range(120))), real=True,
+         leaves=LOG),
     case("a shard is a .tar.gz", f"{TRAIN} --images shards", "shards/0.tar: is not a whole, uncompressed tar file", "fetch it again",
          prepare=tar("shards/0.tar", "gz")),
-    case("a shard is cut off", f"{TRAIN} --images shards", "shards/0.tar: is not a whole", prepare=tar("shards/0.tar", share=0.7)),
+    case("a shard is cut off", f"{TRAIN} --images shards", "shards/0.tar: is not a whole", prepare=tar("shards/0.tar", share=0.3)),
     case("a shard is empty", f"{TRAIN} --images shards", "shards/0.tar: is not a whole", prepare=content("shards/0.tar", "")),
     case("a shard is a web page", f"{TRAIN} --images shards", "shards/0.tar", prepare=content("shards/0.tar", HTML * 30)),
     case("the pocket world's folder holds other things", "train.py --precision fp32", "data/pocket", "other things", "move",
@@ -358,11 +360,11 @@ CASES = [
     case("unknown option", f"{TRAIN} --batchsize 8", "--batchsize", status=2, real=True),
     case("negative learning rate", f"{TRAIN} --lr -1", "--lr", "-1", status=2),
     case("learning rate NaN", f"{TRAIN} --lr nan", "--lr", "nan", status=2),
-    case("learning rate beyond all bounds", f"{TRAIN} --lr 1e30", "the loss is", "--lr", leaves=("runs/new/log.jsonl",)),
+    case("learning rate beyond all bounds", f"{TRAIN} --lr 1e30 --epochs 4", "the loss is", "--lr", leaves=LOG),
     case("weight decay NaN", f"{TRAIN} --weight-decay nan", "--weight-decay", "nan", status=2),
     case("weight decay infinite", f"{TRAIN} --weight-decay inf", "--weight-decay", "inf", status=2),
     case("no tokens", f"{TRAIN} --tokens 0", "--tokens has to be at least 1", status=2),
-    case("more tokens than BLIP has positions", f"{TRAIN} --tokens 100", "100", "64 positions", "--tokens"),
+    case("more tokens than BLIP has positions", f"{TRAIN} --tokens 100", "--tokens", "105 tokens", "64 positions", "shorten"),
     case("a batch of one", f"{TRAIN} --batch 1", "--batch has to be at least 2, not 1", status=2),
     case("an encoder that is none", f"{TRAIN} --encoder resnet50", "resnet50", "pocketnet", status=2),
     case("query size too small", f"{TRAIN} --query-size 8", "image_size 8", "32 or more"),
@@ -387,17 +389,17 @@ CASES = [
 
     # ---- annotations
     case("CIRR captions missing", f"{TABLE} cirr", "cap.rc2.test1.json is missing", "evaluate.py check",
-         prepare=replaced("cirr", CIRR_VAL, None)),
+         prepare=replaced("cirr", CIRR_TEST, None)),
     case("CIRR captions empty", f"{TABLE} cirr", "cap.rc2.test1.json is not usable JSON", "download it again",
-         prepare=replaced("cirr", CIRR_VAL, "")),
-    case("CIRR captions malformed", f"{TABLE} cirr", "cap.rc2.test1.json is not usable JSON", prepare=replaced("cirr", CIRR_VAL, '[{"pairid": 1,')),
+         prepare=replaced("cirr", CIRR_TEST, "")),
+    case("CIRR captions malformed", f"{TABLE} cirr", "cap.rc2.test1.json is not usable JSON", prepare=replaced("cirr", CIRR_TEST, '[{"pairid": 1,')),
     case("CIRR captions of another schema", f"{TABLE} cirr", "cap.rc2.test1.json", "'reference' is missing", "download",
-         prepare=benchmark("cirr", entry(reference=None), CIRR_VAL)),
-    case("CIRR captions a dict", f"{TABLE} cirr", "cap.rc2.test1.json: expected list", prepare=replaced("cirr", CIRR_VAL, "{}")),
-    case("CIRR without queries", f"{TABLE} cirr", "cap.rc2.test1.json is empty", prepare=replaced("cirr", CIRR_VAL, "[]")),
-    case("CIRR id is a word", f"{TABLE} cirr", "entry 0, 'pairid'", "expected int", prepare=benchmark("cirr", entry(pairid="one"), CIRR_VAL)),
+         prepare=benchmark("cirr", entry(reference=None), CIRR_TEST)),
+    case("CIRR captions a dict", f"{TABLE} cirr", "cap.rc2.test1.json: expected list", prepare=replaced("cirr", CIRR_TEST, "{}")),
+    case("CIRR without queries", f"{TABLE} cirr", "cap.rc2.test1.json is empty", prepare=replaced("cirr", CIRR_TEST, "[]")),
+    case("CIRR id is a word", f"{TABLE} cirr", "entry 0, 'pairid'", "expected int", prepare=benchmark("cirr", entry(pairid="one"), CIRR_TEST)),
     case("CIRR reference unknown", f"{TABLE} cirr", "entry 2", "'dev-9' is not in the list",
-         prepare=benchmark("cirr", entry(2, reference="dev-9"), CIRR_VAL)),
+         prepare=benchmark("cirr", entry(2, reference="dev-9"), CIRR_TEST)),
     case("FashionIQ captions missing", FASHION, "cap.dress.test.json is missing", prepare=replaced("fashioniq", DRESS, None)),
     case("FashionIQ captions empty", FASHION, "cap.dress.test.json is not usable JSON", prepare=replaced("fashioniq", DRESS, "")),
     case("FashionIQ captions not UTF-8", FASHION, "cap.dress.test.json is not usable JSON", prepare=replaced("fashioniq", DRESS, b'["\xff"]')),
@@ -420,15 +422,17 @@ CASES = [
          prepare=benchmark("fashioniq", lambda names: ["../secret", *names], DRESS_SPLIT)),
     case("FashionIQ reference absolute", FASHION, "'/etc/passwd' is not a plain file name",
          prepare=benchmark("fashioniq", entry(candidate="/etc/passwd"), DRESS)),
-    case("CIRCO id climbs", CIRCO, "'../1' is not a COCO image id", prepare=benchmark("circo", entry(reference_img_id="../1"), CIRCO_TEST)),
-    case("FashionIQ's folder for CIRR's", f"{TABLE} {{world}}/fashioniq", "fashioniq/captions/cap.rc2.test1.json is missing",
-         "cap.dress.test.json"),
-    case("CIRR has test1, not test", f"{SUBMIT} --split test --checkpoint {{isa}}", "cap.rc2.test.json is missing",
-         "cap.rc2.test1.json"),
+    case("CIRCO id climbs", CIRCO, "'reference_img_id'", "expected int, found '../1'",
+         prepare=benchmark("circo", entry(reference_img_id="../1"), CIRCO_TEST)),
+    case("CIRCO truth climbs", CIRCO, "'../1' is not a COCO image id", prepare=benchmark("circo", entry(gt_img_ids=["../1"]), CIRCO_TEST)),
+    case("FashionIQ's folder for CIRR's", f"{TABLE} {{world}}/fashioniq", "fashioniq/image_splits/split.rc2.test1.json is missing",
+         "split.dress.test.json"),
+    case("CIRR has test1, not test", f"{SUBMIT} --split test --checkpoint {{isa}}", "split.rc2.test.json is missing",
+         "split.rc2.test1.json"),
     case("split climbs", f"{TABLE} {{world}}/cirr --split ../val", "'../val' is not a plain file name"),
     case("no folder of data", f"{TABLE} nowhere", "nowhere", "is missing", "evaluate.py check"),
     case("a modifier of 600 words", f"{TABLE} cirr", "query 10003", "64 positions", "shorten",
-         prepare=benchmark("cirr", entry(3, caption="red " * 600), CIRR_VAL), real=True),
+         prepare=benchmark("cirr", entry(3, caption="red " * 600), CIRR_TEST), real=True),
     case("check finds nothing", "evaluate.py check --benchmark circo --data nowhere", "nowhere is not complete", "list above"),
     case("check of a climbing split", "evaluate.py check --benchmark circo --data {world}/circo --splits ../val", "plain file name"),
 
@@ -480,7 +484,7 @@ CASES = [
          prepare=content("p.json", "{}")),
 
     # ---- baselines.py
-    case("searle without images", f"{SEARLE} --images nowhere", "nowhere: there is no such folder", "--images"),
+    case("searle without images", f"{SEARLE} --sentences {{sentences}} --images nowhere", "nowhere: there is no such folder", "--images"),
     case("searle without sentences", f"{SEARLE} --sentences none.json", "none.json: cannot be read"),
     case("searle's BLIP executes code", f"{SEARLE} --sentences {{sentences}} --blip x.pth", "run code", prepare=evil("x.pth")),
     case("searle of one image", f"{SEARLE} --count 1", "--count", status=2),
@@ -527,7 +531,6 @@ CASES = [
     case("tables below a file", "tables.py 5 --seeds 0 --out x/t.md", "x: is a file", prepare=content("x", "text")),
     case("tables from a damaged training", "tables.py 5 --seeds 0", "runs/tables/isa-0/isa.pt: is damaged", "train again",
          prepare=content("runs/tables/isa-0/isa.pt", "text")),
-    case("a figure without its run", "tables.py fig5 --as-is", "runs/tables/isa-0/isa.pt: there is no such file"),
 ]  # fmt: skip
 
 

@@ -22,14 +22,14 @@ SMALL = {"red cat": ["a red cat", "a photo of a red cat that is at night"], "tre
 
 @pytest.fixture(scope="module")
 def regularize(pocket_blip):
-    return baselines.TextRegularization(pocket_blip, SENTENCES)
+    return baselines.TextRegularization(pocket_blip, baselines.read_sentences(SENTENCES))
 
 
 @pytest.fixture
 def small(pocket_blip, tmp_path):
     """TextRegularization of three concepts with two, two and one sentences, of several lengths."""
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
-    return baselines.TextRegularization(pocket_blip, tmp_path / "small.json", k=2)
+    return baselines.TextRegularization(pocket_blip, baselines.read_sentences(tmp_path / "small.json"), k=2)
 
 
 @pytest.fixture(scope="module")

@@ -229,9 +229,10 @@ def test_a_run_that_fails_gives_one_line_and_the_others_go_on(here, scripts, mon
 
 
 def test_a_training_that_was_stopped_is_not_evaluated(here, scripts):
-    scripts()
+    scripts("sys.exit(128 + signal.SIGTERM)\n")
     (failure,) = tables.run_missing(["fig5"], tables.parse_args(["fig5", "--seeds", "0"]), "f")
-    assert "runs/tables/isa-0 was stopped" in failure
+    assert "--name tables/isa-0` was stopped from outside; the same command goes on" in failure
+    assert [line.split("/")[-1] for line in (here / "calls").read_text().splitlines()] == ["train.py"]
 
 
 def test_control_c_is_passed_on_once_and_waited_for(here, scripts):
