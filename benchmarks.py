@@ -262,8 +262,10 @@ def _is_empty(entry):
         return True
 
 
-def _captions(name, root, split):
-    return annotation_files(name, root, split, CATEGORIES[0] if name == "fashioniq" else None)[0]
+def _annotated(name, root, split):
+    """Is any annotation file of this split there?"""
+    return any(file.is_file() for category in (CATEGORIES if name == "fashioniq" else (None,))
+               for file in annotation_files(name, root, split, category))
 
 
 def find_root(name, root):
@@ -272,7 +274,7 @@ def find_root(name, root):
     """
     below = [folder for pattern in ("*/", "*/*/") for folder in sorted(Path(root).glob(pattern))[:1000]]
     annotated = [(folder, split) for folder in (Path(root), Path(root).absolute().parent, *below) for split in CHECKED[name]
-                 if _captions(name, folder, split).is_file()]
+                 if _annotated(name, folder, split)]
     for folder, split in annotated:
         try:
             paths = load(name, folder, split, CATEGORIES[0] if name == "fashioniq" else None).paths
@@ -291,7 +293,7 @@ def check_layout(name, root, splits=None, first=5):
     splits: by default those that evaluation asks for (CHECKED) and whose annotations are there, or else "val".
     """
     if splits is None:
-        splits = [split for split in CHECKED[name] if _captions(name, root, split).is_file()] or ["val"]
+        splits = [split for split in CHECKED[name] if _annotated(name, root, split)] or ["val"]
     rows = []
     for split in splits:
         for category in CATEGORIES if name == "fashioniq" else (None,):
