@@ -178,6 +178,8 @@ def require_images(benchmark):
 def open_blip(args):
     """The frozen BLIP that the options name, and the precision ("bf16" or "fp32") to run it in."""
     keep_freed_memory()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=args.device)
     precision = pick_precision(args.device) if args.precision == "auto" else args.precision
     round_frozen_weights(blip, precision)
@@ -424,6 +426,7 @@ def parse_args(argv=None):
         p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is faster here")
         p.add_argument("--workers", type=int, default=1, help="processes that decode images")
+        p.add_argument("--threads", type=int, default=0, help="CPU threads (0 = all); 1 where several processes share a machine")
 
     p = command("table", table, "a table of methods: ISA, the simple baselines, the ceilings of the pocket world", None)
     p.add_argument("--benchmark", choices=("all", "cirr", "fashioniq", "circo"), default="all")
@@ -457,8 +460,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.command == "check" and bool(args.images) == bool(args.benchmark and args.data):
         parser.error("check needs --benchmark and --data, or --images alone")
-    if getattr(args, "workers", 0) < 0:
-        parser.error(f"--workers has to be at least 0, not {args.workers}")
+    for name in ("workers", "threads"):
+        if getattr(args, name, 0) < 0:
+            parser.error(f"--{name} has to be at least 0, not {getattr(args, name)}")
     try:
         torch.device(getattr(args, "device", "cpu"))
     except RuntimeError:

@@ -619,7 +619,7 @@ def test_failures_are_one_line(call_script, table, small_world, trained, tmp_pat
 @pytest.mark.parametrize("options", [
     ["table", "--checkpoints", "x"], ["table", "--method", "isa"], ["table", "--methods", "clip"], ["score", "p.json"], [],
     ["submit", "--benchmark", "cirr", "--data", "x", "--split", "val"], ["check", "--benchmark", "coco", "--data", "x"],
-    ["table", "--device", "abacus"], ["table", "--workers", "-1"],
+    ["table", "--device", "abacus"], ["table", "--workers", "-1"], ["table", "--threads", "-1"],
     ["check"], ["check", "--benchmark", "cirr"], ["check", "--images", "x", "--benchmark", "cirr", "--data", "x"],
 ], ids=" ".join)  # fmt: skip
 def test_wrong_options_are_usage_errors(options, capsys):

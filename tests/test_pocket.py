@@ -495,16 +495,19 @@ def test_circo_truths_follow_from_the_written_words(circo):
 
 # ---------------------------------------------------------------------------------------------- world: ensure, write
 def test_ensure_draws_only_what_is_missing(tmp_path, monkeypatch, capsys):
-    calls = []
-
-    def write(out, seed):
-        calls.append(seed)
-        (out / "world.json").write_text(json.dumps({"seed": seed}))
-
-    monkeypatch.setattr(world, "write", write)
-    for seed in (0, 0, 3, 3):
-        world.ensure(tmp_path, seed)
-    assert calls == [0, 3] and capsys.readouterr().out.count("drawing") == 2
+    calls, write = [], world.write
+    monkeypatch.setattr(world, "write", lambda out: calls.append(out) or write(out, scale=0.001, workers=1))
+    world.ensure(tmp_path / "w")
+    assert calls == [tmp_path / "w"] and "drawing" in capsys.readouterr().out
+    world.ensure(tmp_path / "w")  # kept, though it is another one than usual
+    assert len(calls) == 1 and "seed 0, scale 0.001" in capsys.readouterr().out
+    marker = tmp_path / "w" / "world.json"
+    marker.write_text(json.dumps({"seed": 0, "scale": 1.0}))
+    world.ensure(tmp_path / "w")
+    assert len(calls) == 1 and capsys.readouterr().out == ""
+    marker.write_text("{")
+    with pytest.raises(ValueError, match=r"world.json is damaged; remove the folder .*w, it is then drawn again"):
+        world.ensure(tmp_path / "w")
 
 
 def test_write_replaces_an_older_world_and_nothing_else(tmp_path):
