@@ -12,7 +12,9 @@ CIRR: Liu et al., ICCV 2021. FashionIQ: Wu et al., CVPR 2021. CIRCO: Baldrati et
 """
 import json
 import math
+import os
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
@@ -23,6 +25,7 @@ from blip_lite.files import replacing
 
 CATEGORIES = ("dress", "shirt", "toptee")  # FashionIQ is three benchmarks, each with its own gallery
 SUBMITTED = {"recall": 50, "recall_subset": 3}  # names per query that the test servers of CIRR and CIRCO accept
+CHECKED = {"cirr": ("val", "test1"), "fashioniq": ("val",), "circo": ("val", "test")}  # the splits that evaluation asks for
 TREES = {
     "cirr": """\
 captions/cap.rc2.{train,val,test1}.json
@@ -248,18 +251,53 @@ def _list_images(folder):
 
 
 def missing_images(benchmark):
-    """Names (gallery first, in its order) whose image file does not exist: one listing a folder, no stat a file."""
-    folders = {path.parent for path in benchmark.paths.values()}
-    listed = {folder: {path.name for path in folder.iterdir()} if folder.is_dir() else set() for folder in folders}
+    """Names (gallery first, in its order) whose image file does not exist or is empty: one listing a folder."""
+    listed = {}
+    for folder in {path.parent for path in benchmark.paths.values()}:
+        with os.scandir(folder) if folder.is_dir() else nullcontext(()) as entries:
+            listed[folder] = {entry.name for entry in entries if not _is_empty(entry)}
     return [name for name, path in benchmark.paths.items() if path.name not in listed[path.parent]]
 
 
-def check_layout(name, root, splits=("val",), first=5):
+def _is_empty(entry):
+    try:
+        return entry.stat().st_size == 0
+    except OSError:  # a link that leads nowhere
+        return True
+
+
+def _annotated(name, root, split):
+    """Is any annotation file of this split there?"""
+    return any(file.is_file() for category in (CATEGORIES if name == "fashioniq" else (None,))
+               for file in annotation_files(name, root, split, category))
+
+
+def find_root(name, root):
+    """Where a user may have meant: the folder with the annotations of a benchmark, and if possible its images, among `root`, its
+    parent and what lies up to two levels below; None where there is none.
+    """
+    below = [folder for pattern in ("*/", "*/*/") for folder in sorted(Path(root).glob(pattern))[:1000]]
+    annotated = [(folder, split) for folder in (Path(root), Path(root).absolute().parent, *below) for split in CHECKED[name]
+                 if _annotated(name, folder, split)]
+    for folder, split in annotated:
+        try:
+            paths = load(name, folder, split, CATEGORIES[0] if name == "fashioniq" else None).paths
+        except (FileNotFoundError, ValueError):
+            continue
+        if next(iter(paths.values())).is_file():
+            return folder
+    return annotated[0][0] if annotated else None
+
+
+def check_layout(name, root, splits=None, first=5):
     """Compare a folder with the expected tree -> one dict a split (FashionIQ: a split and category).
 
     Keys: split, category, found and missing (annotation files), problem (a sentence, or None); when the annotations
     can be read also queries, gallery, images (expected), images_missing (counts) and first_missing (their paths).
+    splits: by default those that evaluation asks for (CHECKED) and whose annotations are there, or else "val".
     """
+    if splits is None:
+        splits = [split for split in CHECKED[name] if _annotated(name, root, split)] or ["val"]
     rows = []
     for split in splits:
         for category in CATEGORIES if name == "fashioniq" else (None,):

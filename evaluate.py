@@ -5,6 +5,7 @@
     python evaluate.py score --benchmark circo --data data/circo --split val predictions.json       # annotations are enough
     python evaluate.py submit --benchmark cirr --data data/cirr --split test1 --checkpoint runs/x/isa.pt --out cirr_test1.json
     python evaluate.py check --benchmark cirr --data data/cirr                                      # is everything there?
+    python evaluate.py check --images cc3m/                                                         # the same of a training folder
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import sys
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ import light_encoders
 from blip_lite.checks import check_lengths, check_options, check_output
 from blip_lite.features import autocast, image_features, keep_freed_memory, pick_precision, round_frozen_weights
 from blip_lite.files import replacing
-from blip_lite.images import list_images, load_images, open_image
+from blip_lite.images import SUFFIXES, count_files, find_images, list_images, load_images, open_image
 from pocket import world
 from pocket.specs import EDIT_KINDS
 from train import load_query_model, read_checkpoint
@@ -177,6 +179,8 @@ def require_images(benchmark):
 def open_blip(args):
     """The frozen BLIP that the options name, and the precision ("bf16" or "fp32") to run it in."""
     keep_freed_memory()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=args.device)
     precision = pick_precision(args.device) if args.precision == "auto" else args.precision
     round_frozen_weights(blip, precision)
@@ -378,13 +382,17 @@ def submit(args):
 
 
 def check(args):
+    if args.images:
+        return check_images(args)
     print(f"expected below {args.data}:\n\n{benchmarks.expected_tree(args.benchmark)}\n")
     complete = True
     for row in benchmarks.check_layout(args.benchmark, args.data, args.splits):
         print(f"{args.benchmark} {row['category'] or ''} {row['split']}: ", end="")
         if row["problem"]:
             complete = False
-            print(row["problem"])
+            print(row["problem"] if not row["missing"] else "annotations are missing")
+            for file in row["missing"]:
+                print(f"  missing: {file}")
             continue
         found = row["images"] - row["images_missing"]
         print(f"{row['queries']} queries, gallery of {row['gallery']}, {found} of {row['images']} images found")
@@ -392,7 +400,36 @@ def check(args):
             print(f"  missing: {name}")
         complete &= not row["images_missing"]
     if not complete:
-        raise ValueError(f"{args.data} is not complete; see the list above")
+        root = benchmarks.find_root(args.benchmark, args.data)
+        hint = "" if root in (None, Path(args.data)) else f", and --data {root} has its annotations"
+        raise ValueError(f"{args.data} is not complete; see the list above{hint}")
+
+
+TRAINING_TREE = f"""\
+NAME.jpg or {", ".join(SUFFIXES[1:])}, in any sub-folders
+00000.tar                                         shards of such images, uncompressed, as img2dataset writes them"""
+
+
+def check_images(args, sample=200):
+    """A training folder: what train.py would find there. A random sample of its images is decoded, all empty ones are found."""
+    print(f"expected below {args.images}:\n\n{TRAINING_TREE}\n")
+    taken, others, empty = count_files(args.images)
+    for what, counts in (("images and shards", taken), ("passed over", others)):
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items(), key=lambda pair: -pair[1])[:8])
+        print(f"{what}: {sum(counts.values())} files{f' ({kinds})' if kinds else ''}")
+    images = find_images(args.images, args.cache_dir)
+    rows = sorted(Random(0).sample(range(len(images)), min(sample, len(images))))
+    damaged = []
+    for i in rows:
+        try:
+            images.open(i)
+        except ValueError as error:
+            damaged.append(str(error))
+    print(f"{len(images)} images to train on; {len(empty)} are empty; of {len(rows)} that were decoded {len(damaged)} are damaged")
+    for why in [*(f"{path}: is empty" for path in empty), *damaged][:5]:
+        print(f"  {why}")
+    if len(empty) > 0.01 * len(images) or len(damaged) > 0.01 * len(rows):
+        raise ValueError(f"{args.images}: more than 1 % of the images are damaged; mend them, or train with --skip-bad-images")
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -404,8 +441,8 @@ def parse_args(argv=None):
         p = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         p.set_defaults(run=run)
         if benchmark:
-            p.add_argument("--benchmark", choices=("cirr", "fashioniq", "circo"), required=True)
-            p.add_argument("--data", required=True, help="root of the benchmark, in its official layout")
+            p.add_argument("--benchmark", choices=("cirr", "fashioniq", "circo"), required=benchmark == "required")
+            p.add_argument("--data", required=benchmark == "required", help="root of the benchmark, in its official layout")
         return p
 
     def models(p):
@@ -416,8 +453,9 @@ def parse_args(argv=None):
         p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is faster here")
         p.add_argument("--workers", type=int, default=1, help="processes that decode images")
+        p.add_argument("--threads", type=int, default=0, help="CPU threads (0 = all); 1 where several processes share a machine")
 
-    p = command("table", table, "a table of methods: ISA, the simple baselines, the ceilings of the pocket world", False)
+    p = command("table", table, "a table of methods: ISA, the simple baselines, the ceilings of the pocket world", None)
     p.add_argument("--benchmark", choices=("all", "cirr", "fashioniq", "circo"), default="all")
     p.add_argument("--data", help="root of the benchmark (of all three: their common parent); default: the pocket world")
     p.add_argument("--split", help="val, test, test1, ...; default: test, with targets only in the pocket world")
@@ -431,21 +469,25 @@ def parse_args(argv=None):
     p.add_argument("--picture", default="runs/retrieved.png", help='some queries and what ISA found; "" = none')
     models(p)
 
-    p = command("score", score, "score a prediction file; needs annotations only", True)
+    p = command("score", score, "score a prediction file; needs annotations only", "required")
     p.add_argument("--split", default="val")
     p.add_argument("predictions", help="JSON in the test server's format; FashionIQ: {category: {index: [names]}}")
     p.add_argument("--subset", help="CIRR: the recall_subset file, for Rs@K")
 
-    p = command("submit", submit, "write the file that the test server of CIRR or CIRCO takes", True)
+    p = command("submit", submit, "write the file that the test server of CIRR or CIRCO takes", "required")
     p.add_argument("--split", required=True)
     p.add_argument("--checkpoint", required=True)
     p.add_argument("--out", required=True, help="CIRR: a second file NAME_subset.json is written beside it")
     models(p)
 
-    p = command("check", check, "compare a folder with the layout that is expected", True)
-    p.add_argument("--splits", nargs="+", default=["val"])
+    p = command("check", check, "compare a folder with the layout that is expected", "or --images")
+    p.add_argument("--splits", nargs="+", help="default: those that evaluation asks for and whose annotations are there, or val")
+    p.add_argument("--images", help="a folder of images to train on, in place of --benchmark and --data")
+    p.add_argument("--cache-dir", default="cache", help="with --images: folder for the list of them, which train.py then finds")
     args = parser.parse_args(argv)
-    check_options(parser, args, workers=0)
+    if args.command == "check" and bool(args.images) == bool(args.benchmark and args.data):
+        parser.error("check needs --benchmark and --data, or --images alone")
+    check_options(parser, args, workers=0, threads=0)
     return args
 
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import tarfile
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -132,10 +133,7 @@ def find_images(folder, cache):
     The list is kept below `cache` until a name, a size or a time of change differs. Raises ValueError for a folder that does
     not exist or holds fewer than two images, and for a damaged shard.
     """
-    if Path(folder).is_file():
-        raise ValueError(f"{folder}: is a file; give the folder that holds it, or a folder of images, with --images")
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder}: there is no such folder; give a folder of images with --images")
+    _require_folder(folder)
     check_folder(cache)
     digest, shards = hashlib.sha256(), []
     for path in _walk(folder):
@@ -157,8 +155,37 @@ def find_images(folder, cache):
     return ImageList(kept / "names", Rows(kept / "table.npy"), shards, digest.hexdigest())
 
 
-def _walk(folder):
-    """Paths of images and shards, folder by folder; a folder that links lead to twice is visited once."""
+def _require_folder(folder):
+    if Path(folder).is_file():
+        raise ValueError(f"{folder}: is a file; give the folder that holds it, or a folder of images, with --images")
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: there is no such folder; give a folder of images with --images")
+
+
+def count_files(folder):
+    """What lies below `folder` -> {suffix: number of images or shards}, {suffix: number of other files}, paths of empty images.
+
+    Suffixes are in small letters. Raises ValueError for a folder that does not exist or cannot be searched.
+    """
+    _require_folder(folder)
+    taken, others, empty = Counter(), Counter(), []
+    for path in tqdm(_walk(folder, all_files=True), desc="looking", unit=" files", disable=None, leave=False):
+        suffix = os.path.splitext(path)[1].lower()
+        if not _is_taken(path):
+            others[suffix or "no suffix"] += 1
+            continue
+        taken[suffix] += 1
+        if suffix != ".tar" and os.path.isfile(path) and os.path.getsize(path) == 0:
+            empty.append(path)
+    return taken, others, empty
+
+
+def _is_taken(path):
+    return path.lower().endswith(SUFFIXES) or path.endswith(".tar")
+
+
+def _walk(folder, all_files=False):
+    """Paths of images and shards, or of all files, folder by folder; a folder that links lead to twice is visited once."""
     seen = set()
 
     def fail(error):
@@ -172,7 +199,7 @@ def _walk(folder):
         seen.add((stat.st_dev, stat.st_ino))
         folders.sort()
         for name in sorted(files):
-            if name.lower().endswith(SUFFIXES) or name.endswith(".tar"):
+            if all_files or _is_taken(name):
                 yield os.path.join(parent, name)
 
 

@@ -244,18 +244,18 @@ def write(out, seed=0, scale=1.0, workers=2):
     draft.rename(out)
 
 
-def ensure(out="data/pocket", seed=0):
-    """Draw the world unless `out` already holds the one of this seed; says what it does."""
+def ensure(out="data/pocket"):
+    """Draw the world of seed 0 unless `out` already holds a world; says what it draws, and what it finds if that is another one."""
     marker = Path(out) / "world.json"
+    if not marker.exists():
+        print(f"drawing the pocket world into {out} ...", flush=True)
+        return write(out)
     try:
-        if json.loads(marker.read_text())["seed"] == seed:
-            return
-    except FileNotFoundError:
-        pass
+        seed, scale = (json.loads(marker.read_text())[key] for key in ("seed", "scale"))
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{marker}: is damaged; delete {out}, it is then drawn again") from None
-    print(f"drawing the pocket world into {out} (seed {seed}) ...", flush=True)
-    write(out, seed)
+        raise ValueError(f"{marker} is damaged; remove the folder {out}, it is then drawn again") from None
+    if (seed, scale) != (0, 1.0):
+        print(f"{out} holds the pocket world of seed {seed}, scale {scale}; remove it to have the usual one (0, 1.0) drawn")
 
 
 def main():

@@ -31,7 +31,7 @@ def write(path, content):
 def touch(folder, *names):
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / name).write_bytes(b"")
+        (folder / name).write_bytes(b"a picture")  # nothing here looks into it, but an empty file counts as missing
 
 
 # ------------------------------------------------------------------------------------- small trees in each layout
@@ -226,6 +226,8 @@ def test_check_layout(tmp_path):
     dress, shirt, toptee = benchmarks.check_layout("fashioniq", tmp_path / "f")
     assert (dress["gallery"], dress["queries"], dress["images_missing"]) == (4, 3, 1)
     assert dress["first_missing"] == [str(tmp_path / "f" / "images" / "dress2.png")]
+    (tmp_path / "f" / "images" / "dress2.png").write_bytes(b"")
+    assert benchmarks.check_layout("fashioniq", tmp_path / "f")[0] == dress
     assert shirt["images_missing"] == 0 and shirt["problem"] is None and len(shirt["found"]) == 2
     assert toptee["missing"] == [str(tmp_path / "f" / "captions" / "cap.toptee.val.json")]
     assert "cap.toptee.val.json is missing" in toptee["problem"] and "images" not in toptee

@@ -513,8 +513,66 @@ def test_check_names_what_is_missing(call_script, broken):
     (broken / "captions" / "cap.rc2.val.json").unlink()
     done = call_script(*check)
     one_line(done, "cirr is not complete")
-    assert "cap.rc2.val.json is missing" in done.out
+    assert "annotations are missing" in done.out and "captions/cap.rc2.val.json" in done.out
     one_line(call_script(*check[:-1], "nowhere"), "nowhere is not complete")
+
+
+def test_check_counts_empty_images_as_missing(call_script, broken):
+    (broken / "img_raw" / "dev" / "dev-0-0-img0.png").write_bytes(b"")
+    done = call_script("evaluate.py", "check", "--benchmark", "cirr", "--data", "cirr", "--splits", "val")
+    one_line(done, "cirr is not complete")
+    assert "47 of 48 images found" in done.out and "dev/dev-0-0-img0.png" in done.out
+
+
+def test_check_takes_the_splits_that_are_there(call_script, broken):
+    for path in broken.rglob("*rc2.val.json"):
+        path.unlink()
+    done = call_script("evaluate.py", "check", "--benchmark", "cirr", "--data", "cirr")
+    assert done.status == 0 and "cirr  test1: " in done.out and "val:" not in done.out
+
+
+@pytest.mark.parametrize("given", (".", "cirr/captions", "..."))
+def test_check_says_where_the_root_is_instead(call_script, broken, given):
+    """One level too high (SEARLE's variant has a folder cirr/ in its root), one too deep, and nowhere near."""
+    (broken.parent / "...").mkdir(exist_ok=True)
+    (broken.parent / "cirr").rename(broken.parent / "b")
+    broken.parent.joinpath("a").mkdir()
+    (broken.parent / "b").rename(broken.parent / "a" / "cirr")
+    done = call_script("evaluate.py", "check", "--benchmark", "cirr", "--data", given if given == "..." else f"a/{given}")
+    one_line(done, "is not complete", "see the list above")
+    hint = {".": "--data a/cirr has", "cirr/captions": f"--data {broken.parent}/a/cirr has", "...": "above"}[given]
+    assert hint in done.message and (given != "..." or "has its annotations" not in done.message)
+
+
+def test_check_of_a_training_folder(call_script, small_world, tmp_path):
+    photos = tmp_path / "photos" / "more"
+    photos.mkdir(parents=True)
+    for i, path in enumerate(sorted((small_world / "train").iterdir())[:300]):
+        shutil.copy(path, photos / f"{i}.{'PNG' if i % 3 else 'jpg'}")
+    (photos.parent / "notes.txt").write_text("no image")
+    check = ["evaluate.py", "check", "--images", "photos"]
+    done = call_script(*check)
+    assert done.status == 0 and done.err == ""
+    for part in ("300 files (200 .png, 100 .jpg)", "passed over: 1 files (1 .txt)", "300 images to train on; 0 are empty",
+                 "of 200 that were decoded 0 are damaged", "NAME.jpg", "00000.tar"):  # fmt: skip
+        assert part in done.out
+    (photos / "empty.png").write_bytes(b"")
+    assert call_script(*check).status == 0  # below 1 %: train.py leaves it out
+    done = call_script(*check)
+    assert "301 images to train on; 1 are empty" in done.out and "more/empty.png: is empty" in done.out
+    for i in range(100):
+        (photos / f"{3 * i + 1}.PNG").write_text("not a picture")
+    done = call_script(*check)
+    one_line(done, "photos", "more than 1 %", "--skip-bad-images")
+    damaged = int(done.out.split("that were decoded ")[1].split()[0])
+    assert 40 < damaged < 100  # a third of 200, drawn at random
+    assert ".PNG: cannot be read as an image" in done.out
+
+
+def test_check_of_no_training_folder(call_script, tmp_path):
+    one_line(call_script("evaluate.py", "check", "--images", "nowhere"), "nowhere", "no such folder")
+    (tmp_path / "texts").mkdir()
+    one_line(call_script("evaluate.py", "check", "--images", "texts"), "texts", "holds 0 images")
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -561,7 +619,8 @@ def test_failures_are_one_line(call_script, table, small_world, trained, tmp_pat
 @pytest.mark.parametrize("options", [
     ["table", "--checkpoints", "x"], ["table", "--method", "isa"], ["table", "--methods", "clip"], ["score", "p.json"], [],
     ["submit", "--benchmark", "cirr", "--data", "x", "--split", "val"], ["check", "--benchmark", "coco", "--data", "x"],
-    ["table", "--device", "abacus"], ["table", "--workers", "-1"],
+    ["table", "--device", "abacus"], ["table", "--workers", "-1"], ["table", "--threads", "-1"],
+    ["check"], ["check", "--benchmark", "cirr"], ["check", "--images", "x", "--benchmark", "cirr", "--data", "x"],
 ], ids=" ".join)  # fmt: skip
 def test_wrong_options_are_usage_errors(options, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -20,9 +20,12 @@ from PIL import Image
 
 import benchmarks
 import blip_lite
+import isa
+import light_encoders
 from pocket import pretrain, specs, world
 from pocket.drawing import draw
 from pocket.specs import BACKGROUNDS, COLOURS, EDIT_KINDS, GARMENTS, KINDS, Garment, Rng, Scene, Thing
+from train import MAY_CHANGE, load_query_model, parse_args
 
 MAKERS = (specs.random_scene, specs.random_garment)
 
@@ -495,16 +498,19 @@ def test_circo_truths_follow_from_the_written_words(circo):
 
 # ---------------------------------------------------------------------------------------------- world: ensure, write
 def test_ensure_draws_only_what_is_missing(tmp_path, monkeypatch, capsys):
-    calls = []
-
-    def write(out, seed):
-        calls.append(seed)
-        (out / "world.json").write_text(json.dumps({"seed": seed}))
-
-    monkeypatch.setattr(world, "write", write)
-    for seed in (0, 0, 3, 3):
-        world.ensure(tmp_path, seed)
-    assert calls == [0, 3] and capsys.readouterr().out.count("drawing") == 2
+    calls, write = [], world.write
+    monkeypatch.setattr(world, "write", lambda out: calls.append(out) or write(out, scale=0.001, workers=1))
+    world.ensure(tmp_path / "w")
+    assert calls == [tmp_path / "w"] and "drawing" in capsys.readouterr().out
+    world.ensure(tmp_path / "w")  # kept, though it is another one than usual
+    assert len(calls) == 1 and "seed 0, scale 0.001" in capsys.readouterr().out
+    marker = tmp_path / "w" / "world.json"
+    marker.write_text(json.dumps({"seed": 0, "scale": 1.0}))
+    world.ensure(tmp_path / "w")
+    assert len(calls) == 1 and capsys.readouterr().out == ""
+    marker.write_text("{")
+    with pytest.raises(ValueError, match=r"world.json is damaged; remove the folder .*w, it is then drawn again"):
+        world.ensure(tmp_path / "w")
 
 
 def test_write_replaces_an_older_world_and_nothing_else(tmp_path):
@@ -695,3 +701,19 @@ def test_unknown_options_of_the_world_and_pretraining_are_errors(monkeypatch, ca
         with pytest.raises(SystemExit) as stop:
             main()
         assert stop.value.code == 2 and "--sead" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- pocket/isa.pt
+def test_the_shipped_query_model_fits_the_shipped_blip(small_world, pocket_blip):
+    """pocket/isa.pt was trained by `python train.py` against pocket/blip.pth; its sentences name their own images."""
+    model, settings = load_query_model(ROOT / "pocket" / "isa.pt", pocket_blip)
+    defaults = vars(parse_args([]))
+    assert {k: v for k, v in settings.items() if k not in MAY_CHANGE | {"precision"}} == {
+        k: v for k, v in defaults.items() if k not in MAY_CHANGE | {"precision"}}  # fmt: skip
+    paths = sorted((small_world / "cirr/img_raw/test1").iterdir())
+    pixels = torch.stack([light_encoders.preprocess(model.encoder, Image.open(path)) for path in paths])
+    with torch.no_grad():
+        v, _ = pocket_blip.encode_image(torch.stack([pocket_blip.preprocess(Image.open(path)) for path in paths]))
+        t = pocket_blip.encode_text(*isa.compose_query(pocket_blip, model(pixels)))
+    right = ((t @ v.T).argmax(1) == torch.arange(len(paths))).float().mean()
+    assert right > 0.8, right  # of 48, in groups of six that are alike; without training 0.02
