@@ -276,6 +276,7 @@ def table(args):
         print(f"wrote {args.picture}: query, modifier, the five best; framed = the target")
 
 
+GREEN, RED = (30, 160, 60), (215, 20, 20)  # frames of targets; what a token looks at
 HEADLINE = {"cirr": "R@1", "fashioniq": "R@10", "circo": "mAP@5"}  # the metric that is also shown by type of modifier
 
 
@@ -311,13 +312,41 @@ def draw_picture(setting, rankings, count=6, top=5, side=96):
             sheet.paste(image, (x, y))
 
         paste(query.reference, 8)
-        words, text = query.captions[0].split(), [""]
-        for word in words:
-            text = [*text[:-1], f"{text[-1]} {word}"] if len(text[-1]) + len(word) < 30 else [*text, word]
-        pen.multiline_text((side + 8, y + 24), "that" + "\n".join(text), fill="black", font_size=15)
+        pen.multiline_text((side + 8, y + 24), wrapped(f"that {query.captions[0]}", 34), fill="black", font_size=15)
         for i, name in enumerate(rankings[query.id][:top]):
-            paste(name, side * (4 + i) + 4, (30, 160, 60) if name in query.targets else None)
+            paste(name, side * (4 + i) + 4, GREEN if name in query.targets else None)
     return sheet
+
+
+def wrapped(text, width):
+    """Words -> lines of at most `width` letters (a longer word has a line of its own)."""
+    lines = [""]
+    for word in text.split():
+        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [*lines, word]
+    return "\n".join(lines)
+
+
+def overlay(image, weights):
+    """A faded image under the weights [H, W] of one token, in red; the deepest red is the token's own maximum."""
+    weights = np.asarray(weights, np.float32)
+    mask = Image.fromarray(0.75 * weights / max(float(weights.max()), 1e-9)).resize(image.size, Image.Resampling.BILINEAR)
+    faded = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "white"), 0.5)
+    red = Image.new("RGB", image.size, RED)
+    return Image.composite(red, faded, Image.fromarray((255 * np.asarray(mask)).astype(np.uint8)))
+
+
+def word_rows(blip):
+    """The whole words of BLIP's vocabulary, without single letters, pieces and special tokens -> words, rows [V, d_w]."""
+    kept = [(word, i) for word, i in blip.tokenizer.vocab.items() if word.isalpha() and len(word) > 1]
+    return [word for word, _ in kept], blip.text_encoder.embeddings.word_embeddings.weight[[i for _, i in kept]]
+
+
+@torch.no_grad()
+def nearest_words(blip, U):
+    """Sentences U [M, L, d_w] -> for each token the word whose row is nearest, lists of M x L strings, and the cosines [M, L]."""
+    words, rows = word_rows(blip)
+    cosine, nearest = (F.normalize(U.float(), dim=-1) @ F.normalize(rows, dim=-1).T).max(dim=-1)  # [M, L]
+    return [[words[i] for i in row] for row in nearest.tolist()], cosine
 
 
 def write_json(path, value):
@@ -433,6 +462,18 @@ def check_images(args, sample=200):
 
 
 # ---------------------------------------------------------------------------------------------- command line
+def add_model_options(p):
+    """What every command asks that has BLIP look at images; search.py too."""
+    p.add_argument("--blip", default="pocket", help='"pocket", or the checkpoint that ISA was trained against')
+    p.add_argument("--vocab", help="BERT's vocab.txt, where it does not lie beside the checkpoint")
+    p.add_argument("--image-size", type=int, help="side in pixels that BLIP sees; the same as in training")
+    p.add_argument("--cache-dir", default="cache", help="folder for the gallery's features")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is faster here")
+    p.add_argument("--workers", type=int, default=1, help="processes that decode images")
+    p.add_argument("--threads", type=int, default=0, help="CPU threads (0 = all); 1 where several processes share a machine")
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -444,16 +485,6 @@ def parse_args(argv=None):
             p.add_argument("--benchmark", choices=("cirr", "fashioniq", "circo"), required=benchmark == "required")
             p.add_argument("--data", required=benchmark == "required", help="root of the benchmark, in its official layout")
         return p
-
-    def models(p):
-        p.add_argument("--blip", default="pocket", help='"pocket", or the checkpoint that ISA was trained against')
-        p.add_argument("--vocab", help="BERT's vocab.txt, where it does not lie beside the checkpoint")
-        p.add_argument("--image-size", type=int, help="side in pixels that BLIP sees; the same as in training")
-        p.add_argument("--cache-dir", default="cache", help="folder for the gallery's features")
-        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is faster here")
-        p.add_argument("--workers", type=int, default=1, help="processes that decode images")
-        p.add_argument("--threads", type=int, default=0, help="CPU threads (0 = all); 1 where several processes share a machine")
 
     p = command("table", table, "a table of methods: ISA, the simple baselines, the ceilings of the pocket world", None)
     p.add_argument("--benchmark", choices=("all", "cirr", "fashioniq", "circo"), default="all")
@@ -467,7 +498,7 @@ def parse_args(argv=None):
     p.add_argument("--sentences", default="pocket/sentences.json", help="for searle-oti: JSON, concept -> list of sentences")
     p.add_argument("--json", default="runs/table.json", help="the table with its settings")
     p.add_argument("--picture", default="runs/retrieved.png", help='some queries and what ISA found; "" = none')
-    models(p)
+    add_model_options(p)
 
     p = command("score", score, "score a prediction file; needs annotations only", "required")
     p.add_argument("--split", default="val")
@@ -478,7 +509,7 @@ def parse_args(argv=None):
     p.add_argument("--split", required=True)
     p.add_argument("--checkpoint", required=True)
     p.add_argument("--out", required=True, help="CIRR: a second file NAME_subset.json is written beside it")
-    models(p)
+    add_model_options(p)
 
     p = command("check", check, "compare a folder with the layout that is expected", "or --images")
     p.add_argument("--splits", nargs="+", help="default: those that evaluation asks for and whose annotations are there, or val")

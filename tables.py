@@ -34,7 +34,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -49,6 +48,7 @@ import train
 from blip_lite.checks import check_output
 from blip_lite.features import autocast
 from blip_lite.files import replacing
+from evaluate import GREEN, nearest_words, overlay, word_rows, wrapped
 from pocket import drawing, specs
 
 ROOT = Path(__file__).resolve().parent
@@ -829,12 +829,6 @@ def lar_table(seeds, images=500):
     ]
 
 
-def word_rows(blip):
-    """The whole words of BLIP's vocabulary, without single letters, pieces and special tokens -> words, rows [V, d_w]."""
-    kept = [(word, i) for word, i in blip.tokenizer.vocab.items() if word.isalpha() and len(word) > 1]
-    return [word for word, _ in kept], blip.text_encoder.embeddings.word_embeddings.weight[[i for _, i in kept]]
-
-
 @torch.no_grad()
 def features_of(blip, paths):
     """BLIP's v [M, E] of some images: the same for every run, so computed once."""
@@ -847,10 +841,8 @@ def look_at_words(checkpoint, blip, paths, v):
     of nearest words that the image's full caption holds, R@1 of the sentence among the images, the words nearest most often."""
     model, settings = train.load_query_model(checkpoint, blip)
     U, _ = evaluate.through_query_model(model, paths, "fp32", "cpu", 1)
-    vocabulary, rows = word_rows(blip)
-    cosine, nearest = (F.normalize(U, dim=-1) @ F.normalize(rows, dim=-1).T).max(dim=-1)  # [M, L]
+    said, cosine = nearest_words(blip, U)  # [M, L] each
     captions = loads((paths[0].absolute().parents[2] / "captions.json").read_text())
-    said = [[vocabulary[i] for i in row] for row in nearest.tolist()]
     true = [word in captions[path.stem].split() for path, words in zip(paths, said, strict=True) for word in words]
     t = blip.encode_text(*isa.compose_query(blip, U, prompt=settings["prompt"]))
     found = (t @ v.T).argmax(dim=1) == torch.arange(len(paths))
@@ -860,7 +852,7 @@ def look_at_words(checkpoint, blip, paths, v):
 
 
 # ---------------------------------------------------------------------------------------------- figures 4-8
-TILE, GAP, GREEN, RED = 64, 6, (30, 160, 60), (215, 20, 20)
+TILE, GAP = 64, 6
 
 
 def open_retrieval(checkpoints, data=None):
@@ -926,23 +918,6 @@ def draw_figure(name, args, data=None, out="pocket/figures"):
 
 def picture(setting, name):
     return blip_lite.to_rgb(Image.open(setting.benchmark.paths[name])).resize((TILE, TILE))
-
-
-def overlay(image, weights):
-    """A faded image under the weights [H, W] of one token, in red; the deepest red is the token's own maximum."""
-    weights = np.asarray(weights, np.float32)
-    mask = Image.fromarray(0.75 * weights / max(float(weights.max()), 1e-9)).resize(image.size, Image.Resampling.BILINEAR)
-    faded = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "white"), 0.5)
-    red = Image.new("RGB", image.size, RED)
-    return Image.composite(red, faded, Image.fromarray((255 * np.asarray(mask)).astype(np.uint8)))
-
-
-def wrapped(text, width):
-    """Words -> lines of at most `width` letters (a longer word has a line of its own)."""
-    lines = [""]
-    for word in text.split():
-        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [*lines, word]
-    return "\n".join(lines)
 
 
 def paste_query(sheet, setting, query):

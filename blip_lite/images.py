@@ -123,7 +123,7 @@ def list_images(paths):
     table[:, 0], table[:, 1], table[:, 2] = np.append(0, ends[:-1]), ends, -1
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(_identity(path))
+        digest.update(identity(path))
     return ImageList(b"".join(names), table, [], digest.hexdigest())
 
 
@@ -136,8 +136,8 @@ def find_images(folder, cache):
     _require_folder(folder)
     check_folder(cache)
     digest, shards = hashlib.sha256(), []
-    for path in _walk(folder):
-        digest.update(_identity(path))
+    for path in walk(folder):
+        digest.update(identity(path))
         if path.endswith(".tar"):
             shards.append(path)
     kept = Path(cache) / f"images-{digest.hexdigest()[:16]}"
@@ -169,7 +169,7 @@ def count_files(folder):
     """
     _require_folder(folder)
     taken, others, empty = Counter(), Counter(), []
-    for path in tqdm(_walk(folder, all_files=True), desc="looking", unit=" files", disable=None, leave=False):
+    for path in tqdm(walk(folder, all_files=True), desc="looking", unit=" files", disable=None, leave=False):
         suffix = os.path.splitext(path)[1].lower()
         if not _is_taken(path):
             others[suffix or "no suffix"] += 1
@@ -184,7 +184,7 @@ def _is_taken(path):
     return path.lower().endswith(SUFFIXES) or path.endswith(".tar")
 
 
-def _walk(folder, all_files=False):
+def walk(folder, all_files=False):
     """Paths of images and shards, or of all files, folder by folder; a folder that links lead to twice is visited once."""
     seen = set()
 
@@ -203,7 +203,7 @@ def _walk(folder, all_files=False):
                 yield os.path.join(parent, name)
 
 
-def _identity(path):
+def identity(path):
     """What tells a file from another and from itself as it was before a change."""
     try:
         stat = os.stat(path)
@@ -216,7 +216,7 @@ def _write_list(folder, shards, out):
     """The files names and table.npy of an ImageList, written as they come: no list of all of them is ever in memory."""
     with open(out / "names", "wb") as names, open(out / "table", "wb") as table:
         count, number = 0, {path: i for i, path in enumerate(shards)}
-        for path in tqdm(_walk(folder), desc="listing images", unit=" files", disable=None, leave=False):
+        for path in tqdm(walk(folder), desc="listing images", unit=" files", disable=None, leave=False):
             entries = _members(path) if path in number else [(path, 0, 0)]
             for name, begin, size in entries:
                 start = names.tell()
