@@ -183,8 +183,9 @@ def test_an_interrupted_indexing_goes_on(photos, small_world, tmp_path, number):
     options = ["--gallery", str(photos), "--image", image, *FAST]
 
     def process(delay):
-        return subprocess.Popen([sys.executable, "-c", SLOWLY, str(delay), *options], cwd=tmp_path,
-                                env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+        command, environment = [sys.executable, "-c", SLOWLY, str(delay), *options], {**os.environ, "PYTHONPATH": str(ROOT)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
 
     first = process(60)
     assert first.stdout.readline() == "B\n"
