@@ -154,6 +154,8 @@ def read_checkpoint(path):
         raise ValueError(f"{path}: there is no such file; `python train.py` writes it") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: is a folder; name the isa.pt in it") from None
+    except PermissionError:
+        raise ValueError(f"{path}: may not be read; change its permissions, or name another checkpoint") from None
     except Exception:  # torch.load reports damaged files in many ways
         what = "is damaged or was not written by train.py"
         raise ValueError(f"{path}: {what}; train again or name another checkpoint (BLIP's weights go to --blip)") from None
@@ -515,11 +517,20 @@ def join_processes(args):
     """Under torchrun: one GPU for each process, or the CPU; they talk by nccl or gloo."""
     if "WORLD_SIZE" in os.environ:
         if args.device == "cuda":
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise ValueError(f"there are more processes than GPUs here ({torch.cuda.device_count()}); lower --nproc_per_node")
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
         # DDP may warn that a 1 x 1 convolution has another layout, which for 1 x 1 is no difference
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=timedelta(hours=12))  # caching may take long
+        try:
+            backend = "nccl" if "cuda" in args.device else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=12))  # caching may take long
+        except (RuntimeError, ValueError) as error:  # the port is taken, or the first process is not there
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = str(error).splitlines()[0]
+            remedy = "`torchrun --standalone` finds a free port"
+            raise ValueError(f"the processes cannot meet at {where} ({reason}); {remedy}") from None
 
 
 if __name__ == "__main__":
@@ -533,6 +544,10 @@ if __name__ == "__main__":
         sys.exit(f"train.py: {error}")
     except torch.cuda.OutOfMemoryError:
         sys.exit(f"train.py: the GPU has too little memory for --batch {arguments.batch}; give a smaller one, or --cache full")
+    except RuntimeError as error:
+        if process()[1] == 1 or "by peer" not in str(error):
+            raise
+        sys.exit("train.py: another of the processes has ended; it said why")
     except KeyboardInterrupt as interrupt:
         last = Path("runs") / arguments.name / "last.pt"
         what = f"--resume goes on from {last}" if last.exists() else "no checkpoint was written; stored features are kept"

@@ -38,7 +38,10 @@ class Features:
         self.folder = Path(folder)
         self.v = Rows(self.folder / "v.npy")  # [M, E]
         self.F_v = Rows(self.folder / "F_v.npy") if (self.folder / "F_v.npy").exists() else None  # [M, 1+N, D]
-        self.bad = {int(i): why for i, why in json.loads((self.folder / "done.json").read_text())["bad"].items()}
+        try:
+            self.bad = {int(i): why for i, why in json.loads((self.folder / "done.json").read_text())["bad"].items()}
+        except (ValueError, KeyError, AttributeError):
+            raise ValueError(f"{self.folder}/done.json: is damaged; delete its folder, it is then computed again") from None
 
 
 def pick_precision(device):
