@@ -29,6 +29,7 @@ import light_encoders
 from blip_lite.features import autocast, image_features, keep_freed_memory, pick_precision, round_frozen_weights
 from blip_lite.files import replacing
 from blip_lite.images import list_images, load_images, open_image
+from blip_lite.signals import end_workers
 from pocket import world
 from pocket.specs import EDIT_KINDS
 from train import load_query_model
@@ -435,3 +436,5 @@ if __name__ == "__main__":
         sys.exit(f"evaluate.py: {error}")
     except KeyboardInterrupt:
         sys.exit("evaluate.py: interrupted")
+    finally:
+        end_workers()

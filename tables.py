@@ -48,6 +48,7 @@ import light_encoders
 import train
 from blip_lite.features import autocast
 from blip_lite.files import replacing
+from blip_lite.signals import end_workers
 from pocket import drawing, specs
 
 ROOT = Path(__file__).resolve().parent
@@ -1083,5 +1084,7 @@ if __name__ == "__main__":
         sys.exit(f"tables.py: {error}")
     except KeyboardInterrupt:
         sys.exit("tables.py: interrupted; the same command goes on from here")
+    finally:
+        end_workers()
     if failures:
         sys.exit(f"tables.py: {len(failures)} failed, the first: {failures[0]}")
