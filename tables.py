@@ -49,6 +49,7 @@ import train
 from blip_lite.checks import check_output
 from blip_lite.features import autocast
 from blip_lite.files import replacing
+from blip_lite.signals import end_workers
 from pocket import drawing, specs
 
 ROOT = Path(__file__).resolve().parent
@@ -1098,5 +1099,7 @@ if __name__ == "__main__":
         sys.exit(f"tables.py: {error}")
     except KeyboardInterrupt:
         sys.exit("tables.py: interrupted; the same command goes on from here")
+    finally:
+        end_workers()
     if failures:
         sys.exit(f"tables.py: {len(failures)} failed, the first: {failures[0]}")

@@ -46,7 +46,7 @@ from blip_lite.features import (
 )
 from blip_lite.files import cut_log, explained, replacing
 from blip_lite.images import find_images
-from blip_lite.signals import exit_interrupted, ignore_signals, interrupt_on_signals, note_signals
+from blip_lite.signals import end_workers, exit_interrupted, ignore_signals, interrupt_on_signals, note_signals
 from pocket import world
 
 PRESETS = {
@@ -552,6 +552,11 @@ if __name__ == "__main__":
         last = Path("runs") / arguments.name / "last.pt"
         what = f"--resume goes on from {last}" if last.exists() else "no checkpoint was written; stored features are kept"
         exit_interrupted(interrupt, f"train.py: interrupted; {what}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit("train.py: a worker that reads images was killed, perhaps for want of memory; --resume goes on, give fewer --workers")
     finally:
+        end_workers()
         if dist.is_initialized():
             dist.destroy_process_group()
