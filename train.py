@@ -544,18 +544,19 @@ if __name__ == "__main__":
         sys.exit(f"train.py: {error}")
     except torch.cuda.OutOfMemoryError:
         sys.exit(f"train.py: the GPU has too little memory for --batch {arguments.batch}; give a smaller one, or --cache full")
-    except RuntimeError as error:
-        if process()[1] == 1 or "by peer" not in str(error):
-            raise
-        sys.exit("train.py: another of the processes has ended; it said why")
     except KeyboardInterrupt as interrupt:
         last = Path("runs") / arguments.name / "last.pt"
         what = f"--resume goes on from {last}" if last.exists() else "no checkpoint was written; stored features are kept"
         exit_interrupted(interrupt, f"train.py: interrupted; {what}")
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        known = {
+            "DataLoader worker": "a worker that reads images was killed, perhaps for want of memory; --resume with fewer --workers",
+            "by peer": "another of the processes has ended; it said why",  # under torchrun
+        }
+        said = next((sentence for sign, sentence in known.items() if sign in str(error)), None)
+        if said is None:
             raise
-        sys.exit("train.py: a worker that reads images was killed, perhaps for want of memory; --resume goes on, give fewer --workers")
+        sys.exit(f"train.py: {said}")
     finally:
         end_workers()
         if dist.is_initialized():
