@@ -308,7 +308,7 @@ def resume(run, settings, fingerprint, images, query_model, optimizer):
     checkpoint = read_checkpoint(run / "last.pt")
     if not {"optimizer", "images", "step"} <= checkpoint.keys() or (settings.keys() - MAY_CHANGE) - checkpoint["settings"].keys():
         raise ValueError(f"{run}/last.pt: {OTHER_VERSION}")
-    for name in settings.keys() - MAY_CHANGE:
+    for name in sorted(settings.keys() - MAY_CHANGE):  # of several the same one each time
         if checkpoint["settings"].get(name) != settings[name]:
             raise ValueError(
                 f"{run}/last.pt was trained with --{name.replace('_', '-')} {checkpoint['settings'].get(name)}, not "

@@ -335,7 +335,7 @@ CASES = [
          prepare=checkpoint(lambda c: c["query_model"]["mapper.W_p.bias"].fill_(torch.nan))),
     case("resume from NaN", FROM_LAST, "last.pt", "NaN", "train again",
          prepare=checkpoint(lambda c: c["query_model"]["mapper.W_p.bias"].fill_(torch.nan), "runs/old/last.pt", "last")),
-    case("resume with other settings", f"{FROM_LAST} --tokens 3", "runs/old/last.pt", "--tokens 6, not 3",
+    case("resume with other settings", f"{FROM_LAST} --batch 40 --tokens 3", "runs/old/last.pt", "--tokens 6, not 3",
          prepare=checkpoint(lambda c: None, "runs/old/last.pt", "last")),
     case("resume from a cut-off file", FROM_LAST, "runs/old/last.pt: is damaged",
          prepare=truncated("{last}", "runs/old/last.pt")),
@@ -471,7 +471,8 @@ CASES = [
         ("a text", "a text", "cannot be read as an image", "replace"),
         ("truncated", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0@", "cannot be read as an image", "replace"))),
     case("gallery image of 900 million pixels", f"{TABLE} cirr", "test1-1-0-img0.png", "limit of 178956970 pixels", "replace",
-         prepare=lambda here: (benchmark("cirr")(here), shutil.copy(here.huge, here.cwd / "cirr/img_raw/test1/test1-1-0-img0.png"))),
+         prepare=several(benchmark("cirr"),
+                         lambda here: shutil.copy(here.huge, here.cwd / "cirr/img_raw/test1/test1-1-0-img0.png"))),
 
     # ---- options of evaluate.py
     case("no sub-command", "evaluate.py", "command", status=2),
