@@ -528,7 +528,7 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        sys.exit("train.py: a worker that reads images was killed, perhaps for want of memory; --resume goes on, give fewer --workers")
+        sys.exit("train.py: a worker was killed, perhaps for want of memory; go on with --resume and fewer --workers")
     finally:
         end_workers()
         if dist.is_initialized():
