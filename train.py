@@ -550,7 +550,7 @@ if __name__ == "__main__":
         exit_interrupted(interrupt, f"train.py: interrupted; {what}")
     except RuntimeError as error:
         known = {
-            "DataLoader worker": "a worker that reads images was killed, perhaps for want of memory; --resume with fewer --workers",
+            "DataLoader worker": "a worker was killed, perhaps for want of memory; go on with --resume and fewer --workers",
             "by peer": "another of the processes has ended; it said why",  # under torchrun
         }
         said = next((sentence for sign, sentence in known.items() if sign in str(error)), None)
