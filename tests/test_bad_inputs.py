@@ -384,6 +384,8 @@ CASES = [
     case("a batch of one", f"{TRAIN} --batch 1", "--batch has to be at least 2, not 1", status=2),
     case("an encoder that is none", f"{TRAIN} --encoder resnet50", "resnet50", "pocketnet", status=2),
     case("query size too small", f"{TRAIN} --query-size 8", "image_size 8", "32 or more"),
+    case("query size beyond all memory", f"{TRAIN} --query-size 100000", "image_size 100000", "at most 1024"),
+    case("image size beyond all memory", f"{TRAIN} --image-size 80000", "image size 80000", "at most 1024"),
     case("seed is a word", f"{TRAIN} --seed lucky", "--seed", "lucky", status=2),
     case("seed too large", f"{TRAIN} --seed 99999999999999999999", "--seed", "99999999999999999999", "at most", status=2),
     case("seed negative", f"{TRAIN} --seed -1", "--seed", "-1", status=2),
