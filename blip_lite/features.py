@@ -175,9 +175,13 @@ def _begin(draft, folder, shapes, count, size, what):
     print(f"storing {'the rest of ' * begun}{what}: {size / 1e9:.2f} GB in {folder}", flush=True)
     if not begun:
         clear(draft)
-        with explained(draft):
-            for name, (kind, shape) in shapes.items():
-                np.lib.format.open_memmap(draft / f"{name}.npy", "w+", kind, (count, *shape))  # zeros that take no room yet
+        try:
+            with explained(draft):
+                for name, (kind, shape) in shapes.items():
+                    np.lib.format.open_memmap(draft / f"{name}.npy", "w+", kind, (count, *shape))  # zeros that take no room yet
+        except BaseException:
+            clear(draft)
+            raise
 
 
 def _encode(blip, images, files, share, skip_bad, precision, batch_size, workers, what):
