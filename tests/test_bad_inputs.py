@@ -439,7 +439,7 @@ CASES = [
     case("CIRCO id is no id", CIRCO, "is not a COCO image id", "whole numbers",
          prepare=benchmark("circo", entry(gt_img_ids=["x.jpg"]), CIRCO_TEST)),
     case("CIRR name climbs", f"{TABLE} cirr", "'..' is not a plain file name", "official source",
-         prepare=benchmark("cirr", lambda paths: {name: f"../../{name}.png" for name in paths}, CIRR_SPLIT), real=True),
+         prepare=benchmark("cirr", lambda paths: {name: f"../../{name}.png" for name in paths}, CIRR_SPLIT)),
     case("CIRR name absolute", f"{TABLE} cirr", "'/' is not a plain file name",
          prepare=benchmark("cirr", lambda paths: {name: "/etc/passwd" for name in paths}, CIRR_SPLIT)),
     case("CIRR name with a NUL", f"{TABLE} cirr", "is not a plain file name",
@@ -501,7 +501,7 @@ CASES = [
     case("predictions of another split", f"{SCORE} p.json", "not in this split (first: 77)",
          prepare=predictions(lambda d: d.update({"77": ["x"]}))),
     case("predictions repeat a name", f"{SCORE} p.json", "query 10000", "repeats a name",
-         prepare=predictions(lambda d: d["10000"].append(d["10000"][0])), real=True),
+         prepare=predictions(lambda d: d["10000"].append(d["10000"][0]))),
     case("predictions of an unknown image", f"{SCORE} p.json", "query 10000", "'cat.jpg' is not among the images",
          prepare=predictions(lambda d: d["10000"].append("cat.jpg"))),
     case("predictions are numbers", f"{SCORE} p.json", "query 10000", "expected str",
@@ -539,8 +539,7 @@ CASES = [
 
     # ---- pocket.pretrain
     case("pretrain below a file", f"{PRETRAIN} --out x/blip.pth", "x: is a file", "name another place",
-         prepare=content("x", "text"),
-         real=True),
+         prepare=content("x", "text")),
     case("pretrain onto a folder", f"{PRETRAIN} --out out", "out", "is a folder", prepare=content("out", None)),
     case("pretrain no steps", f"{PRETRAIN} --out b.pth --steps 0", "--steps", "0", status=2),
     case("pretrain a batch of one", f"{PRETRAIN} --out b.pth --batch 1", "--batch", "1", status=2),
