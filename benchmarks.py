@@ -193,7 +193,8 @@ def _unique_keys(pairs):
 def _read_json(path, kind):
     """The content of a JSON file whose outermost value is a `kind`; a key that appears twice is an error."""
     if not path.is_file():
-        others = sorted(file.name for file in path.parent.glob(f"{path.name.split('.')[0]}.*.json"))[:6]
+        kind = path.name.split(".")[:-2][:1]  # "cap" of "cap.rc2.val.json"; of "val.json" nothing
+        others = sorted(file.name for file in path.parent.glob("*.json") if file.name.split(".")[:-2][:1] == kind)[:6]
         there = f" (there is {', '.join(others)})" if others else ""  # of another split, or another benchmark
         raise FileNotFoundError(f"{path} is missing{there}: `python evaluate.py check` prints the files that are expected")
     try:

@@ -32,6 +32,7 @@ from blip_lite.checks import check_lengths, check_options, check_output
 from blip_lite.features import autocast, image_features, keep_freed_memory, pick_precision, round_frozen_weights
 from blip_lite.files import replacing
 from blip_lite.images import SUFFIXES, count_files, find_images, list_images, load_images, open_image
+from blip_lite.signals import end_workers
 from pocket import world
 from pocket.specs import EDIT_KINDS
 from train import load_query_model, read_checkpoint
@@ -531,3 +532,5 @@ if __name__ == "__main__":
         sys.exit(f"evaluate.py: {error}")
     except KeyboardInterrupt:
         sys.exit("evaluate.py: interrupted")
+    finally:
+        end_workers()

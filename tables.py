@@ -48,6 +48,7 @@ import train
 from blip_lite.checks import check_output
 from blip_lite.features import autocast
 from blip_lite.files import replacing
+from blip_lite.signals import end_workers
 from evaluate import GREEN, nearest_words, overlay, word_rows, wrapped
 from pocket import drawing, specs
 
@@ -465,12 +466,21 @@ def trained(run, seed, fingerprint):
     return "done" if checkpoint["step"] >= steps else "begun"
 
 
+def read_results(path):
+    """What `evaluate.py table` wrote -> dict."""
+    try:
+        content = loads(path.read_text())
+        return {"settings": {**content["settings"]}, "results": {**content["results"]}}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: is damaged; delete it, it is then made again") from None
+
+
 def evaluated(run, seed, split, fingerprint):
     """Whether the run's table is there, of the same methods, and not older than its checkpoint."""
     command, out = evaluation(run, seed, split)
     if not out.exists():
         return False
-    settings, wanted = loads(out.read_text())["settings"], vars(evaluate.parse_args(command[1:]))
+    settings, wanted = read_results(out)["settings"], vars(evaluate.parse_args(command[1:]))
     checkpoint = folder(run, seed) / "isa.pt"
     same = all(settings.get(name) == wanted[name] for name in ("methods", "split", "checkpoint"))
     newer = run in UNTRAINED or out.stat().st_mtime >= checkpoint.stat().st_mtime
@@ -548,7 +558,7 @@ def measured(ours, seeds, split):
     for seed in [None] if untrained else seeds:
         _, path = evaluation(untrained or ours, seed, split)
         if path.exists():
-            results = loads(path.read_text())["results"]
+            results = read_results(path)["results"]
             rows = {benchmark: methods.get(ours if untrained else "isa", {}) for benchmark, methods in results.items()}
             means = {b: {part: {m: mean for m, (mean, _) in ms.items()} for part, ms in row.items()} for b, row in rows.items()}
             found.append({benchmark: row for benchmark, row in means.items() if row})
@@ -1064,5 +1074,7 @@ if __name__ == "__main__":
         sys.exit(f"tables.py: {error}")
     except KeyboardInterrupt:
         sys.exit("tables.py: interrupted; the same command goes on from here")
+    finally:
+        end_workers()
     if failures:
         sys.exit(f"tables.py: {len(failures)} failed, the first: {failures[0]}")

@@ -384,7 +384,7 @@ def test_bad_input_ends_with_one_line(call_script, images, tmp_path):
         ({"images": "nowhere"}, 1, "nowhere: there is no such folder"),
         ({"steps": 0}, 2, "--steps has to be at least 1, not 0"),
         ({"count": 1}, 2, "--count has to be at least 2, not 1"),
-        ({"lr": "nan"}, 2, "--lr has to be positive, not nan"),
+        ({"lr": "nan"}, 2, "--lr has to be a finite number, not nan"),
         ({"device": "moon"}, 2, "--device has to be cpu or cuda, not moon"),
     ):
         done = call_script("baselines.py", "searle", *options(images, **given))
