@@ -495,7 +495,7 @@ def test_whatever_is_random_is_the_seeds(trained, tmp_path, more):
 
 
 # ------------------------------------------------------------------------------------------- pocket.pretrain and SEARLE
-PRETRAIN = ["--steps", 6, "--batch", 12, "--held-out", 8, "--save-every", 2]
+PRETRAIN = ["--steps", 4, "--batch", 12, "--held-out", 8, "--save-every", 3]
 
 
 def pretrained(path):
@@ -524,16 +524,17 @@ def test_pretraining_survives_signals_and_kills(tmp_path):
     assert finish(begin("pocket.pretrain", *PRETRAIN, "--out", "whole.pth", cwd=tmp_path)) == 0, said(tmp_path)
     for change, status, reached in (
         (at_call(torch.nn.utils, "clip_grad_norm_", 1, signal.SIGINT), 128 + signal.SIGINT, 1),
-        (at_call(blip_lite, "save", 1, signal.SIGKILL), -signal.SIGKILL, 4),
+        (at_call(blip_lite, "save", 1, signal.SIGKILL), -signal.SIGKILL, 3),
     ):
         said(tmp_path)
         assert finish(begin("pocket.pretrain", *PRETRAIN, "--out", "parts.pth", cwd=tmp_path, change=change)) == status
         assert said(tmp_path) == [] and not (tmp_path / "parts.pth").exists()
         assert torch.load(tmp_path / "parts.pth.state", weights_only=True)["step"] == reached
         told = said(tmp_path, "out")[-1]
-        assert told == "stopped after step 1; the same command goes on from parts.pth.state" or reached == 4
+        assert told == "stopped after step 1; the same command goes on from parts.pth.state" or reached == 3
     assert finish(begin("pocket.pretrain", *PRETRAIN, "--out", "parts.pth", cwd=tmp_path)) == 0, said(tmp_path)
     assert same(pretrained(tmp_path / "parts.pth"), pretrained(tmp_path / "whole.pth"))
+    assert torch.load(tmp_path / "parts.pth.state", weights_only=True)["step"] == 4  # so that it is not done again
     assert pretrain_log(tmp_path / "parts.pth.log") == pretrain_log(tmp_path / "whole.pth.log") != []
     assert {path.name for path in tmp_path.iterdir()} - {"out", "err"} == {
         f"{name}.pth{suffix}" for name in ("whole", "parts") for suffix in ("", ".log", ".state")
@@ -542,7 +543,7 @@ def test_pretraining_survives_signals_and_kills(tmp_path):
 
 def test_pretraining_refuses_states_of_other_settings_and_damaged_ones(tmp_path, monkeypatch):
     out = tmp_path / "a.pth"
-    state = {"model": {}, "optimizer": {}, "step": 2, "settings": {"steps": 6, "batch": 12, "lr": 1e-3, "seed": 0}}
+    state = {"model": {}, "optimizer": {}, "step": 2, "settings": {"steps": 4, "batch": 12, "lr": 1e-3, "seed": 0}}
     older = {name: x for name, x in state.items() if name != "settings"}
     for content, more, told in (
         (state, ["--batch", 16], "is of --batch 12, not 16"), (state, ["--seed", 3], "is of --seed 0, not 3"),
