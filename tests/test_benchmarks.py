@@ -792,7 +792,7 @@ def test_writing_is_atomic(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["p.json"]
     path.unlink()
     path.mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="p.json: cannot be written .Is a directory."):
         benchmarks.write_predictions(path, {})
     assert os.listdir(tmp_path) == ["p.json"]
     with pytest.raises(FileNotFoundError, match="does not exist"):
