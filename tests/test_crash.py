@@ -153,26 +153,25 @@ def stored(cwd):
 
 
 @pytest.mark.slow
-def test_forty_kills_change_nothing(small_world, tmp_path):
-    """At random moments, with and without the workers; half of them while features are stored or a file is written."""
+def test_thirty_two_kills_change_nothing(small_world, tmp_path):
+    """At random moments, with and without the workers; most of them while features are stored or a file is written."""
     shutil.copytree(small_world / "train", tmp_path / "images")
     options = ["--images", "images", "--batch", 40, "--epochs", 4, "--precision", "fp32", "--threads", 1]
-    began = time.monotonic()
-    assert finish(begin("train.py", *options, "--cache-dir", "own", "--name", "whole", cwd=tmp_path)) == 0
-    seconds, rng, kills, inside = time.monotonic() - began, random.Random(0), 0, 0
-    run = tmp_path / "runs/a"
+    assert finish(begin("train.py", *options, "--cache-dir", "own", "--name", "whole", cwd=tmp_path), 600) == 0
+    run, rng, kills, inside = tmp_path / "runs/a", random.Random(0), 0, 0
     while True:
         workers = ["--workers", rng.choice((0, 1))]
         process = begin("train.py", *options, *workers, "--name", "a", "--save-every", 1, "--resume", cwd=tmp_path)
         if kills < 3:  # each after one more batch of features
             poll(lambda goal=128 * (kills + 1): stored(tmp_path) >= goal, process)
             time.sleep(rng.random() * 0.05)
-        elif rng.random() < 0.5:
-            poll(exists(run, rng.choice((".last.tmp.pt", ".isa.tmp.pt", ".log.tmp.jsonl"))), process)
-            time.sleep(rng.random() * 0.01)
+        elif kills < 32:
+            if rng.random() < 0.8:  # a file is written now; with a little luck still when the signal arrives
+                poll(exists(run, rng.choice((".last.tmp.pt", ".isa.tmp.pt", ".log.tmp.jsonl"))), process)
+            time.sleep(rng.random() * rng.choice((0.01, 0.3)))
         else:
-            time.sleep(rng.random() * 0.5 * seconds / 3)
-        if kills >= 40 or not process.is_alive():
+            process.join()
+        if not process.is_alive():
             assert finish(process) == 0, said(tmp_path)
             break
         alone = rng.random() < 0.5 or os.getpgid(process.pid) != process.pid  # which it has not reached yet
@@ -180,7 +179,6 @@ def test_forty_kills_change_nothing(small_world, tmp_path):
         assert finish(process) == -signal.SIGKILL, said(tmp_path)
         kills += 1
         inside += any(run.glob(".*.tmp*"))
-    print(kills, inside, seconds)
     assert kills >= 30 and inside >= 5, (kills, inside)
     check_same(run, tmp_path / "runs/whole")
 
@@ -497,7 +495,7 @@ def test_whatever_is_random_is_the_seeds(trained, tmp_path, more):
 
 
 # ------------------------------------------------------------------------------------------- pocket.pretrain and SEARLE
-PRETRAIN = ["--steps", 6, "--batch", 12, "--held-out", 8, "--save-every", 2]
+PRETRAIN = ["--steps", 4, "--batch", 12, "--held-out", 8, "--save-every", 3]
 
 
 def pretrained(path):
@@ -526,16 +524,17 @@ def test_pretraining_survives_signals_and_kills(tmp_path):
     assert finish(begin("pocket.pretrain", *PRETRAIN, "--out", "whole.pth", cwd=tmp_path)) == 0, said(tmp_path)
     for change, status, reached in (
         (at_call(torch.nn.utils, "clip_grad_norm_", 1, signal.SIGINT), 128 + signal.SIGINT, 1),
-        (at_call(blip_lite, "save", 1, signal.SIGKILL), -signal.SIGKILL, 4),
+        (at_call(blip_lite, "save", 1, signal.SIGKILL), -signal.SIGKILL, 3),
     ):
         said(tmp_path)
         assert finish(begin("pocket.pretrain", *PRETRAIN, "--out", "parts.pth", cwd=tmp_path, change=change)) == status
         assert said(tmp_path) == [] and not (tmp_path / "parts.pth").exists()
         assert torch.load(tmp_path / "parts.pth.state", weights_only=True)["step"] == reached
         told = said(tmp_path, "out")[-1]
-        assert told == "stopped after step 1; the same command goes on from parts.pth.state" or reached == 4
+        assert told == "stopped after step 1; the same command goes on from parts.pth.state" or reached == 3
     assert finish(begin("pocket.pretrain", *PRETRAIN, "--out", "parts.pth", cwd=tmp_path)) == 0, said(tmp_path)
     assert same(pretrained(tmp_path / "parts.pth"), pretrained(tmp_path / "whole.pth"))
+    assert torch.load(tmp_path / "parts.pth.state", weights_only=True)["step"] == 4  # so that it is not done again
     assert pretrain_log(tmp_path / "parts.pth.log") == pretrain_log(tmp_path / "whole.pth.log") != []
     assert {path.name for path in tmp_path.iterdir()} - {"out", "err"} == {
         f"{name}.pth{suffix}" for name in ("whole", "parts") for suffix in ("", ".log", ".state")
@@ -544,7 +543,7 @@ def test_pretraining_survives_signals_and_kills(tmp_path):
 
 def test_pretraining_refuses_states_of_other_settings_and_damaged_ones(tmp_path, monkeypatch):
     out = tmp_path / "a.pth"
-    state = {"model": {}, "optimizer": {}, "step": 2, "settings": {"steps": 6, "batch": 12, "lr": 1e-3, "seed": 0}}
+    state = {"model": {}, "optimizer": {}, "step": 2, "settings": {"steps": 4, "batch": 12, "lr": 1e-3, "seed": 0}}
     older = {name: x for name, x in state.items() if name != "settings"}
     for content, more, told in (
         (state, ["--batch", 16], "is of --batch 12, not 16"), (state, ["--seed", 3], "is of --seed 0, not 3"),
