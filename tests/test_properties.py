@@ -12,6 +12,8 @@ import json
 import math
 import os
 import re
+import tarfile
+import tempfile
 from fractions import Fraction
 from types import SimpleNamespace
 from unittest import mock
@@ -31,6 +33,7 @@ import evaluate
 import isa
 import train
 from benchmarks import Benchmark, Query
+from blip_lite.images import find_images
 
 settings.register_profile("quick", max_examples=40, derandomize=True, deadline=None, database=None,
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])  # fmt: skip
@@ -379,6 +382,25 @@ def test_evaluate_score_prints_the_definitions(tmp_path, name):
     check()
 
 
+@property_of(st.lists(st.lists(st.text("ab", max_size=5), min_size=1, max_size=2), min_size=1, max_size=8), st.integers(1, 6))
+def test_queries_are_encoded_in_any_batches_and_two_captions_averaged(captions, batch):
+    """The encoder is one that tells every (row, text) apart; FashionIQ's two captions are joined in both orders."""
+
+    def feature(row, text):
+        generator = torch.Generator().manual_seed(hash((row, len(text), text.count("a"), text.find("b"))) % 2**32)
+        return nn.functional.normalize(torch.randn(4, generator=generator), dim=0)
+
+    def encode(rows, texts):
+        return 3 * torch.stack([feature(row, text) for row, text in zip(rows.tolist(), texts, strict=True)])
+
+    queries = [Query(str(i), "r", texts, []) for i, texts in enumerate(captions)]
+    got = evaluate.encode_queries(encode, queries, "fp32", "cpu", batch)
+    for i, texts in enumerate(captions):
+        joined = [" and ".join(order) for order in (texts, texts[::-1])]
+        wanted = nn.functional.normalize(sum(feature(i, text) for text in joined), dim=0)
+        torch.testing.assert_close(got[i], wanted)
+
+
 # ------------------------------------------------------------------------------------------------ tokenizer
 ODD = [
     "[SEP]", "[CLS]", "[PAD]", "[UNK]", "[MASK]", "[ENC]", "[DEC]", "[sep]", "##s", "##", "[", "]", "#",
@@ -706,6 +728,38 @@ def test_exif_orientations_give_the_same_picture(orientation, kind, width, seed)
     reopened = Image.open(file)
     assert np.array_equal(blip_lite.to_rgb(reopened), upright)
     assert np.array_equal(ImageOps.exif_transpose(reopened), upright)  # PIL's own reading of the tag
+
+
+FILES = st.lists(st.tuples(st.binary(min_size=1, max_size=8), st.sampled_from((b".png", b".JPeG"))), min_size=1, max_size=3)
+
+
+@property_of(FILES, FILES, times=0.5)
+def test_images_of_any_name_are_found(in_folder, in_shard):
+    """Names are bytes: line ends, control characters and what is no UTF-8 included. The colour of its pixel tells an image."""
+
+    def coloured(names):
+        clean = {name.replace(b"/", b"_").replace(b"\0", b"_") + suffix for name, suffix in names}
+        for i, name in enumerate(sorted(clean)):
+            file = io.BytesIO()
+            Image.new("RGB", (1, 1), (i, 7, 9)).save(file, "PNG")
+            yield os.fsdecode(name), i, file.getvalue()
+
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = {}
+        for name, i, content in coloured(in_folder):
+            wanted[f"{folder}/images/{name}"] = i
+            os.makedirs(f"{folder}/images", exist_ok=True)
+            with open(f"{folder}/images/{name}", "wb") as file:
+                file.write(content)
+        with tarfile.open(f"{folder}/images/shard.tar", "w") as tar:
+            for name, i, content in coloured(in_shard):
+                wanted[f"{folder}/images/shard.tar/{name}"] = i
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        images = find_images(f"{folder}/images", f"{folder}/cache")
+        assert {images.name(i): images.open(i).getpixel((0, 0))[0] for i in range(len(images))} == wanted
+        assert len(images) == len(wanted)
 
 
 # ------------------------------------------------------------------------------------------------ training
