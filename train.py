@@ -123,6 +123,8 @@ def parse_args(argv=None):
         p.error(f"--lar-weight has to be at least 0, not {args.lar_weight}")
     if args.mapper == "mlp" and args.tokens != 1:
         p.error(f"--mapper mlp makes one word: give --tokens 1, not {args.tokens}")
+    if args.seed >= 2**32:
+        p.error(f"--seed has to be below {2**32}, not {args.seed}")
     if args.randaugment > 30:
         p.error(f"--randaugment has to be at most 30, not {args.randaugment}")
     try:
