@@ -37,7 +37,7 @@ def to_rgb(pil):
         pil = pil.transpose(turn)
     if pil.mode == "RGB":
         return pil
-    if "transparency" in pil.info:  # which PIL would convert too, and fail on a colour that a damaged file makes up
+    if "transparency" in pil.info:  # of which PIL warns; through alpha it fails where a damaged file names no colour
         pil = pil.copy()
         del pil.info["transparency"]
     if pil.mode == "La":  # PIL wants it to go through alpha

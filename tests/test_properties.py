@@ -50,7 +50,7 @@ def property_of(*strategies, times=1.0, **named):
 
 # ------------------------------------------------------------------------------------------------ rankings
 LARGEST = float(np.finfo(np.float32).max)
-EXPONENTS = {"float32": (0, 0, 1, -1, 30, -30, 115, -149), "float16": (0, 0, 4, -13, -24)}
+EXPONENTS = {"float32": ((0,), (0, 1, -1), (0, 30, -30), (90,), (-149,), (-149, 0, 90)), "float16": ((0,), (0, 4, -13), (-24,))}
 
 
 @st.composite
@@ -58,8 +58,9 @@ def features(draw, rows, width, dtype="float32"):
     """float [rows, width]: whole numbers of at most 11 bits times a power of two for each row, so that inner products are
     exact in float64. Rows repeat, some are zero, some huge or tiny."""
     rng = np.random.default_rng(draw(SEEDS))
-    limit, distinct = draw(st.sampled_from((1, 3, 2047))), draw(st.integers(1, rows))
-    exponents = draw(st.lists(st.sampled_from(EXPONENTS[dtype]), min_size=1, max_size=3))
+    limit = draw(st.sampled_from((2047, 2047, 3, 1)))
+    distinct = draw(st.sampled_from((rows, rows, (rows + 1) // 2, 1)))
+    exponents = draw(st.sampled_from(EXPONENTS[dtype]))  # products of 2^90 leave the range of float32, of 2^-149 too
     some = rng.integers(-limit, limit + 1, (distinct, width)) * 2.0 ** rng.choice(exponents, (distinct, 1))
     some *= rng.random((distinct, 1)) >= draw(st.sampled_from((0, 0.3)))
     stored = some.astype(dtype)
@@ -82,12 +83,18 @@ def full_sort(q, gallery, left_out=-1):
 @st.composite
 def searches(draw, dtype="float32"):
     """query [Q, E], gallery [N, E], k, what each query leaves out (or None), chunk."""
-    n = draw(st.one_of(st.integers(1, 8), st.integers(17, 80)))
-    q, width = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    n = draw(st.integers(1, 8) | st.integers(17, 80) | st.integers(33, 80))  # top_k discards in blocks of 16
+    q, width = draw(st.integers(1, 4)), draw(st.sampled_from((3, 5, 4, 1)))
     query, gallery = draw(features(q, width)), draw(features(n, width, dtype))
-    k = draw(st.one_of(st.integers(1, 4), st.integers(1, n + 3)))
-    exclude = draw(st.none() | st.lists(st.integers(-1, n - 1), min_size=q, max_size=q))
-    return query, gallery, k, exclude, draw(st.sampled_from((1, 7, 16, 4096)))
+    if dtype == "float32" and width > 2 and draw(st.booleans()):  # large terms that cancel, where float32 loses the rest
+        query[:, -1] = query[:, 0]
+        gallery[:, 0] *= 2**20
+        gallery[:, -1] = -gallery[:, 0]
+    k = draw(st.just(1) | st.integers(1, 4) | st.integers(1, n + 3))
+    exclude = None
+    if draw(st.booleans()):  # nothing, the best one or any
+        exclude = [draw(st.sampled_from((full_sort(one, gallery)[0], -1, n // 2))) for one in query]
+    return query, gallery, k, exclude, draw(st.sampled_from((4096, 4096, 4096, 40, 7, 1)))
 
 
 def check_top_k(query, gallery, k, exclude, chunk, given_gallery):
@@ -413,6 +420,7 @@ TEXTS = st.one_of(
     st.lists(st.one_of(st.sampled_from(ODD), EVERY_CHARACTER), max_size=8).map("".join),
     st.lists(st.sampled_from(ODD), max_size=8).map(" ".join),
     st.tuples(st.text(EVERY_CHARACTER, min_size=1, max_size=3), st.integers(30, 200)).map(lambda pair: pair[0] * pair[1]),
+    st.tuples(st.sampled_from(("x", "É", "e\u0301", "x.")), st.integers(98, 103)).map(lambda pair: pair[0] * pair[1]),
 )
 VOCABULARIES = {"pocket": ROOT / "pocket" / "vocab.txt", "bert": DATA / "bert" / "vocab.txt"}
 
@@ -690,12 +698,12 @@ ORIENTATIONS = {  # EXIF's orientation -> how the upright array is stored
 @st.composite
 def pictures(draw):
     """An image of any mode and size, its bytes random: floats that are no numbers, negative ones and 16 bits included."""
-    mode, size = draw(st.sampled_from(MODES)), (draw(st.integers(1, 40)), draw(st.integers(1, 40)))
+    mode, size = draw(st.sampled_from(MODES) | st.sampled_from("PL")), (draw(st.integers(1, 40)), draw(st.integers(1, 40)))
     rng = np.random.default_rng(draw(SEEDS))
     image = Image.frombytes(mode, size, rng.bytes(len(Image.new(mode, size).tobytes())))
     if mode in ("P", "PA") and draw(st.booleans()):
         image.putpalette(rng.bytes(3 * draw(st.integers(1, 256))))
-    if mode in ("1", "L", "P", "RGB", "I;16") and draw(st.booleans()):  # PNG's tRNS, as PIL reads it, damaged too
+    if mode in ("1", "L", "P", "RGB", "I;16") and draw(st.sampled_from((True, True, False))):  # PNG's tRNS, damaged too
         grey = st.integers(0, 65535) | st.binary(max_size=300)
         image.info["transparency"] = draw(st.tuples(*[st.integers(0, 65535)] * 3) if mode == "RGB" else grey)
     if draw(st.booleans()):
@@ -703,7 +711,7 @@ def pictures(draw):
     return image
 
 
-@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.filterwarnings("error")
 def test_any_picture_gives_pixels():
     @property_of(pictures(), st.sampled_from((1, 7, 32)), times=4)
     def check(image, side):
