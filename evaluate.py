@@ -142,7 +142,7 @@ class Setting:
                 if method == "target caption":
                     words = [f"{prompt} {captions[query.targets[0]]}" for query in queries]
                 else:
-                    words = [f"{prompt} {captions[q.reference]} that {w}" for q, w in zip(queries, words, strict=True)]
+                    words = [f"{prompt} {captions[q.reference]} {isa.continuation(w)}" for q, w in zip(queries, words, strict=True)]
                 return baselines.text_only(blip, None, words)
         else:
 

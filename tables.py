@@ -981,7 +981,7 @@ def words_to_tokens(setting, U, modifier):
     words, mask = isa.compose_query(blip, U, [modifier])
     with autocast(words.device, setting.precision):
         attention = blip.text_encoder.attention_maps(words, mask)[0].float().mean(dim=(0, 1))  # [T, T]
-    pieces = blip.tokenizer.tokenize(f"that {modifier}")
+    pieces = blip.tokenizer.tokenize(isa.continuation(modifier))
     first = words.shape[1] - 1 - len(pieces) - U.shape[1]  # u1; after it the tokens, the pieces and [SEP]
     after = first + U.shape[1]
     return pieces[1:], attention[after + 1 : after + len(pieces), first:after].cpu()

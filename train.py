@@ -121,6 +121,8 @@ def parse_args(argv=None):
         p.error(f"--lr has to be positive and --crop in (0, 1], not {args.lr} and {args.crop}")
     if args.mapper == "mlp" and args.tokens != 1:
         p.error(f"--mapper mlp makes one word: give --tokens 1, not {args.tokens}")
+    if args.seed >= 2**32:
+        p.error(f"--seed has to be below {2**32}, not {args.seed}")
     if args.randaugment > 30:
         p.error(f"--randaugment has to be at most 30, not {args.randaugment}")
     for name in ("blip", "images"):
@@ -273,11 +275,11 @@ def batches(n, bad, batch, seed, first_step, steps, buffer, rank=0, processes=1)
     bad = np.asarray(bad) - np.arange(len(bad))
     for epoch in range(first_step // per_epoch, steps // per_epoch):
         start = first_step % per_epoch if epoch == first_step // per_epoch else 0
-        left, waiting = per_epoch - start, np.empty(0, np.int64)
+        waiting = np.empty(0, np.int64)
         for rows in epoch_order(n, seed, epoch, buffer, start * batch):
             waiting = np.append(waiting, rows)
-            while left and len(waiting) >= batch:
-                mine, waiting, left = waiting[rank * share : (rank + 1) * share], waiting[batch:], left - 1
+            while len(waiting) >= batch:
+                mine, waiting = waiting[rank * share : (rank + 1) * share], waiting[batch:]
                 mine = mine + np.searchsorted(bad, mine, side="right")  # the m-th row that is not bad
                 yield [(epoch, row) for row in mine.tolist()]
 

@@ -213,7 +213,7 @@ def test_presets_are_the_papers_and_can_be_overridden():
     (["--crop", "0"], "--crop"), (["--crop", "1.5"], "--crop"), (["--encoder", "resnet"], "--encoder"),
     (["--tokens", "0"], "--tokens"), (["--loss", "lar+"], "--loss"), (["--save-every", "0"], "--save-every"),
     (["--preset", "paper"], "--blip"), (["--preset", "paper", "--blip", "x"], "--images"), (["--threads", "-1"], "--threads"),
-    (["--randaugment", "31"], "--randaugment"), (["--randaugment", "-1"], "--randaugment"),
+    (["--randaugment", "31"], "--randaugment"), (["--randaugment", "-1"], "--randaugment"), (["--seed", str(2**32)], "--seed"),
     (["--workers", "-2"], "--workers"), (["--device", "abacus"], "--device"),
     (["--weight-decay", "-1"], "--weight-decay"), (["--mapper", "rnn"], "--mapper"), (["--lar-weight", "-1"], "--lar-weight"),
     (["--mapper", "mlp"], "--tokens 1"), (["--gallery", "clip"], "--gallery"), (["--query-size", "0"], "--query-size"),
