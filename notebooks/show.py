@@ -7,9 +7,12 @@
 An image is a path or a PIL image. Each function draws one figure and shows it.
 """
 
+import io
 import textwrap
 
 import matplotlib.pyplot as plt
+from IPython.display import Image as Png
+from IPython.display import display
 from PIL import Image
 
 import blip_lite
@@ -34,6 +37,15 @@ def canvas(rows, columns, side=SIDE, text=0.35):
     return figure, axes
 
 
+def finish(figure):
+    """Show a figure as a PNG of 128 colours, a third of the usual size: committed notebooks should be small."""
+    plain, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(plain, dpi=DPI)
+    plt.close(figure)
+    Image.open(plain).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    display(Png(small.getvalue()))
+
+
 def put(axis, image, caption="", frame=None, width=19):
     """One image in one axis; the caption above it, wrapped at `width` letters, and a frame of that colour around it."""
     axis.imshow(picture(image))
@@ -52,7 +64,7 @@ def images(pictures, captions=None, framed=(), columns=8, title=None, text=0.35,
         width = int(15 * side)
         put(axes.flat[i], image, captions[i] if captions else "", GREEN if i in framed else None, width)
     figure.suptitle(title, fontsize=10)
-    plt.show()
+    finish(figure)
 
 
 def maps(image, weights, captions=None, title=None):
@@ -75,4 +87,4 @@ def retrieved(benchmark, query, rankings, top=6):
         for axis, name in zip(row[2:], names, strict=False):
             put(axis, benchmark.paths[name], frame=GREEN if name in query.targets else None)
         row[2].set_title(f"{label}: target at {place or f'> {len(names)}'}", fontsize=8, loc="left")
-    plt.show()
+    finish(figure)
