@@ -38,11 +38,11 @@ def canvas(rows, columns, side=SIDE, text=0.35):
 
 
 def finish(figure):
-    """Show a figure as a PNG of 128 colours, a third of the usual size: committed notebooks should be small."""
+    """Show a figure as a PNG of 255 colours, half of the usual size: committed notebooks should be small."""
     plain, small = io.BytesIO(), io.BytesIO()
     figure.savefig(plain, dpi=DPI)
     plt.close(figure)
-    Image.open(plain).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    Image.open(plain).convert("RGB").quantize(255, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     display(Png(small.getvalue()))
 
 
@@ -59,7 +59,7 @@ def put(axis, image, caption="", frame=None, width=19):
 def images(pictures, captions=None, framed=(), columns=8, title=None, text=0.35, side=SIDE):
     """Pictures in rows of `columns`, a caption above each; `framed` are the numbers of those with a green frame."""
     columns = min(columns, len(pictures))
-    figure, axes = canvas(-(-len(pictures) // columns), columns, side, text)
+    figure, axes = canvas(-(-len(pictures) // columns), columns, side, text + 0.25 * bool(title))
     for i, image in enumerate(pictures):
         width = int(15 * side)
         put(axes.flat[i], image, captions[i] if captions else "", GREEN if i in framed else None, width)
