@@ -42,7 +42,8 @@ def finish(figure):
     plain, small = io.BytesIO(), io.BytesIO()
     figure.savefig(plain, dpi=DPI)
     plt.close(figure)
-    Image.open(plain).convert("RGB").quantize(255, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    few = Image.open(plain).convert("RGB").quantize(255, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(small, "PNG", optimize=True)
     display(Png(small.getvalue()))
 
 
@@ -58,7 +59,7 @@ def put(axis, image, caption="", frame=None, width=19):
 
 def images(pictures, captions=None, framed=(), columns=8, title=None, text=0.35, side=SIDE):
     """Pictures in rows of `columns`, a caption above each; `framed` are the numbers of those with a green frame."""
-    columns = min(columns, len(pictures))
+    pictures, columns = list(pictures), min(columns, len(pictures))
     figure, axes = canvas(-(-len(pictures) // columns), columns, side, text + 0.25 * bool(title))
     for i, image in enumerate(pictures):
         width = int(15 * side)

@@ -24,6 +24,13 @@ DATA = SHARED / "data" if (SHARED / "data").is_dir() else SHARED  # the real ann
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    """Whoever names one of these files wants its slow tests too; plain `pytest` leaves them out (pyproject.toml)."""
+    named = [str(argument).split("::")[0] for argument in config.args]
+    if any(name.endswith(("test_notebooks.py", "test_assignments.py")) for name in named) and config.option.markexpr == "not slow":
+        config.option.markexpr = ""
+
+
 @dataclass
 class Finished:
     """A script that ended: its exit status, and what it printed. `message` is what a user reads last on stderr."""
