@@ -27,7 +27,8 @@ torch.set_num_threads(1)
 def pytest_configure(config):
     """Whoever names one of these files wants its slow tests too; plain `pytest` leaves them out (pyproject.toml)."""
     given = [str(argument).split("::")[0] for argument in config.invocation_params.args]
-    if "-m" not in given and any(name.endswith(("test_notebooks.py", "test_assignments.py")) for name in given):
+    marked = any(argument.startswith("-m") for argument in given)
+    if not marked and any(name.endswith(("test_notebooks.py", "test_assignments.py")) for name in given):
         config.option.markexpr = ""
 
 
