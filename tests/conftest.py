@@ -24,6 +24,14 @@ DATA = SHARED / "data" if (SHARED / "data").is_dir() else SHARED  # the real ann
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    """Whoever names one of these files wants its slow tests too; plain `pytest` leaves them out (pyproject.toml)."""
+    given = [str(argument).split("::")[0] for argument in config.invocation_params.args]
+    marked = any(argument.startswith("-m") for argument in given)
+    if not marked and any(name.endswith(("test_notebooks.py", "test_assignments.py")) for name in given):
+        config.option.markexpr = ""
+
+
 @dataclass
 class Finished:
     """A script that ended: its exit status, and what it printed. `message` is what a user reads last on stderr."""
