@@ -33,14 +33,14 @@ def canvas(rows, columns, side=SIDE, text=0.35):
     figure, axes = plt.subplots(rows, columns, figsize=(columns * side, rows * (side + text)), dpi=DPI, squeeze=False,
                                 layout="constrained")  # fmt: skip
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[], frame_on=False)
+        axis.set(xticks=[], yticks=[], frame_on=False, anchor="S")  # what room is left stays above, for captions
     return figure, axes
 
 
 def finish(figure):
     """Show a figure as a PNG of 255 colours, half of the usual size: committed notebooks should be small."""
     plain, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(plain, dpi=DPI)
+    figure.savefig(plain, dpi=DPI, bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)
     few = Image.open(plain).convert("RGB").quantize(255, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few.save(small, "PNG", optimize=True)

@@ -25,10 +25,9 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    """Whoever names one of these files wants its slow tests too; plain `pytest` leaves them out (pyproject.toml)."""
-    given = [str(argument).split("::")[0] for argument in config.invocation_params.args]
-    marked = any(argument.startswith("-m") for argument in given)
-    if not marked and any(name.endswith(("test_notebooks.py", "test_assignments.py")) for name in given):
+    """Whoever names these files, and none else, wants their slow tests too; plain `pytest` leaves them out (pyproject.toml)."""
+    named = {Path(argument.split("::")[0]).name for argument in config.args}
+    if named <= {"test_notebooks.py", "test_assignments.py"} and not any(a.startswith("-m") for a in config.invocation_params.args):
         config.option.markexpr = ""
 
 
