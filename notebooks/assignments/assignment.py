@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import secrets
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def stub(cell):
 
 def release(source):
     """The source notebook -> the student's: no solutions, hidden tests and outputs; the same for the same source."""
-    student = nbformat.from_dict(json.loads(nbformat.writes(source)))
+    student = nbformat.reads(nbformat.writes(source), as_version=4)  # a copy
     for cell in student.cells:
         cell.source = stub(cell)
         if cell.cell_type == "code":
@@ -193,7 +194,7 @@ class Runner:
         self.client = Client(nbformat.v4.new_notebook(), kernel_name="python3", resources={"metadata": {"path": str(HERE)}})
         self.client.log = logging.getLogger("quiet")
         self.client.log.setLevel(logging.CRITICAL)
-        self.kernel = self.client.setup_kernel()
+        self.kernel = self.client.setup_kernel(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.kernel.__enter__()
         self.execute("import sys; exit = quit = sys.exit", 60)  # IPython's own end the kernel after the cell
         for step in self.done:
