@@ -154,3 +154,138 @@ def test_a_copy_of_isa_is_remarked():
     submission = copy.deepcopy(source)
     cell_of(submission, "attend").source = "import isa\nattend = isa.attend"
     assert assignment.assemble(source, submission)[1] == ["attend mentions isa, which holds a solution: read it"]
+
+
+# ------------------------------------------------------------------------------------------- grading (slow: starts kernels)
+# Typical mistakes: the test meant to catch it -> cell, what the solution says, what the student says, words of the message.
+# The mistakes of one set are handed in together: each has to cost the points of its own test, and of no other.
+MISTAKES = {
+    1: [
+        {
+            "test-group": ("group", ".softmax(dim=1)", ".softmax(dim=2)", "groups"),
+            "test-pool": ("pool", ".clamp_min(guard)", "", "owns nothing"),
+            "test-pool-backward": ("pool-backward", " - (dZ * Z).sum(dim=2, keepdim=True)", "", "rho depends on A"),
+            "test-attend": ("attend", "** 0.5", "", "square root"),
+            "test-refine": ("refine", "Z = Z + attended", "Z = attended", "isa.py"),
+            "test-look-back": ("look-back", 'F.linear(pixels, p["V_c.weight"])', 'F.linear(pixels, p["K_c.weight"])', "isa.py"),
+            "test-token-learner": ("token-learner", "if self_attention:", "if True:", "without SA"),
+            "test-count-parameters": ("count-parameters", "C * d + d + L * d", "C * d + L * d", "you count"),
+            "test-width": ("width-that-fits", "min(widths", "max(widths", "256"),
+            "test-train-learner": ("train-learner", "v[rows]", "v[rows.flip(0)]", "held-out R@1"),
+        },
+        {
+            "test-group": ("group", ' + p["project.bias"][:, None, None]', "", "pixels of a 3 x 3 map"),
+            "test-pool": ("pool", " / A.sum(dim=2, keepdim=True).clamp_min(guard)", "", "against a loop"),
+            "test-attend": ("attend", "softmax(dim=-1)", "softmax(dim=1)", "summed over the keys"),
+            "test-refine": ("refine", "F.gelu", "F.relu", "isa.py"),
+            "test-look-back": ("look-back", "return Z + F.linear", "return F.linear", "isa.py"),
+            "test-token-learner": ("token-learner", 'p["W_p.weight"], p["W_p.bias"]', 'p["W_p.weight"]', "bias"),
+            "test-train-learner": ("train-learner", "p.values(), lr=lr", "p.values(), lr=0.0", "the loss should fall"),
+        },
+    ],
+    2: [
+        {
+            "test-compose-modifiers": ("compose-query", "[seen, tail_mask]", "[seen, tail_mask * 0 + 1]", "are to be read"),
+            "test-log-sum-exp": ("log-sum-exp", "keepdim=True).values", "keepdim=True).values * 0", "nan or infinity"),
+            "test-gcd": ("gcd", "((log_sum_exp(s, 1) - own).mean() + (log_sum_exp(s, 0) - own).mean()) / 2",
+                         "(log_sum_exp(s, 1) - own).mean()", "both directions"),
+            "test-gcd-gradient": ("gcd-gradient", "(2 * len(v))", "2", "finite differences"),
+            "test-negative-probabilities": ("negative-probabilities", ".fill_diagonal_(0)", "", "the other one is certain"),
+            "test-hard-negatives": ("hard-negatives", "torch.multinomial(table, 1, generator=generator)[:, 0]",
+                                    "table.argmax(dim=1)", "drawn"),
+            "test-lar": ("lar", "(sentence == image)", "(sentence != image)", "index 1"),
+            "test-rank": ("rank", " if names[i] != exclude", "", "excluded"),
+            "test-average-precision": ("average-precision", "min(k, len(targets))", "k", "AP@5"),
+            "test-blind-spots": ("blind-spots", '"c": {"i2t", "t2i"}', '"c": {"lar"}', "c is not right"),
+        },
+        {
+            "test-compose-training": ("compose-query", "U, blip", "U.detach(), blip", "reach U"),
+            "test-gcd": ("gcd", "own).mean() + ", "own).sum() + ", "orthogonal"),
+            "test-negative-probabilities": ("negative-probabilities", " + 1e-4", "", "1e-4"),
+            "test-lar": ("lar", "mask[sentence]", "mask[torch.cat([own, own, own])]", "own mask"),
+            "test-average-precision": ("average-precision", "min(k, len(targets))", "max(hits, 1)", "not by K or by the hits"),
+        },
+    ],
+}  # fmt: skip
+
+
+def with_mistakes(source, mistakes):
+    submission = copy.deepcopy(source)
+    for cell, right, wrong, _ in mistakes.values():
+        cell = cell_of(submission, cell)
+        todo, solution = cell.source.split("### BEGIN SOLUTION")
+        assert solution.count(right) == 1, right
+        cell.source = todo + solution.replace(right, wrong)
+    return submission
+
+
+@pytest.mark.slow
+def test_the_solution_gets_all_points(source):
+    for seed in (0, 7):
+        result = assignment.grade(source, source, seed=seed)
+        assert result["points"] == result["possible"] == 40, assignment.report(result)
+        assert not result["remarks"] and [a["possible"] for a in result["to_read"]] == [5] and result["to_read"][0]["answer"]
+
+
+@pytest.mark.slow
+def test_the_empty_version_gets_none_and_is_told_why(source):
+    result = assignment.grade(source, assignment.release(source))
+    assert result["points"] == 0
+    for test in result["tests"]:
+        function, rest = test["message"].split(" ", 1)
+        assert rest == "is not written yet" and f"def {function}(" in nbformat.writes(source)
+    assert result["to_read"][0]["answer"] == "" and "no answer" in assignment.report(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, chosen", [(1, 0), (1, 1), (2, 0), (2, 1)], indirect=["number"])
+def test_a_mistake_costs_its_own_test(number, chosen):
+    source, mistakes = assignment.read_source(number), MISTAKES[number][chosen]
+    result = assignment.grade(source, with_mistakes(source, mistakes))
+    lost = {test["name"]: test["message"] for test in result["tests"] if not test["points"]}
+    assert lost.keys() == mistakes.keys(), assignment.report(result)
+    for name, message in lost.items():
+        assert mistakes[name][3] in message and "\n" not in message and len(message) < 330, (name, message)
+
+
+@pytest.mark.slow
+def test_hostile_work_costs_only_its_own_points():
+    """Endless loops, exits, floods of output, tampering, deleted and split cells: the rest is graded as ever."""
+    source = assignment.read_source(2)
+    submission = copy.deepcopy(source)
+
+    def prepend(name, code):
+        cell_of(submission, name).source = f"{code}\n{cell_of(submission, name).source}"
+
+    def append(name, code):
+        cell_of(submission, name).source += f"\n{code}"
+
+    prepend("compose-query", "import a_module_that_is_not_there")
+    loop = "    while True:\n        try:\n            pass\n        except BaseException:\n            pass"
+    append("log-sum-exp", f"def log_sum_exp(x, dim):\n{loop}")
+    append("gcd", "def gcd(v, t, tau):\n    import sys\n    sys.exit(0)")
+    append("gcd-gradient", "def gcd_gradient(v, t, tau):\n    import os\n    os._exit(0)")
+    append("negative-probabilities", "for _ in range(3000):\n    print('x' * 3000)")
+    append("hard-negatives", "checks.expect = checks.expect_shape = lambda *a: None\nhard_negatives = lambda *a: (v[:3], v[:3])")
+    submission.cells.remove(cell_of(submission, "lar"))
+    first, second = cell_of(submission, "rank").source.split("\n\n\n")
+    cell_of(submission, "rank").source = first
+    half = copy.deepcopy(cell_of(submission, "rank"))
+    half.source = second
+    submission.cells.insert(submission.cells.index(cell_of(submission, "rank")) + 1, half)
+    append("average-precision", "average_precision = lambda *a: torch.tensor(1.0)")
+    cell_of(submission, "test-average-precision").source = "print('passed')"
+    prepend("blind-spots", "isa.compose_query = None\nexit = quit = None")
+    result = assignment.grade(source, submission, timeout=10)
+    says = {test["name"]: (bool(test["points"]), test["message"]) for test in result["tests"]}
+    wrong = {
+        "test-compose-training": "NameError: name 'compose_query'", "test-compose-modifiers": "NameError: name 'compose_query'",
+        "test-log-sum-exp": "ran longer than 10 s", "test-gcd": "SystemExit", "test-gcd-gradient": "ended the Python process",
+        "test-hard-negatives": "hard_image should have the shape", "test-lar": "NameError: name 'lar'",
+        "test-average-precision": "AP@5 of x a y b z",
+    }  # fmt: skip
+    assert {name for name, (passed, _) in says.items() if not passed} == wrong.keys(), assignment.report(result)
+    for name, message in wrong.items():
+        assert says[name][1].startswith(message), says[name]
+    assert "compose-query: ModuleNotFoundError: No module named 'a_module_that_is_not_there'" in result["remarks"]
+    assert "the cell lar is missing" in result["remarks"] and any("blind-spots mentions isa" in r for r in result["remarks"])
