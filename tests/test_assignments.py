@@ -3,8 +3,12 @@
 import ast
 import copy
 import csv
+import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 for module in ("matplotlib", "ipykernel", "nbformat", "nbclient"):
@@ -12,7 +16,8 @@ for module in ("matplotlib", "ipykernel", "nbformat", "nbclient"):
 
 import nbformat  # noqa: E402
 
-from notebooks.assignments import assignment  # noqa: E402
+import benchmarks  # noqa: E402
+from notebooks.assignments import assignment, leaderboard  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "notebooks/assignments/assignment.py"
@@ -289,3 +294,133 @@ def test_hostile_work_costs_only_its_own_points():
         assert says[name][1].startswith(message), says[name]
     assert "compose-query: ModuleNotFoundError: No module named 'a_module_that_is_not_there'" in result["remarks"]
     assert "the cell lar is missing" in result["remarks"] and any("blind-spots mentions isa" in r for r in result["remarks"])
+
+
+# ------------------------------------------------------------------------------------------- leaderboard
+BOARD = "notebooks/assignments/leaderboard.py"
+
+
+@pytest.fixture(scope="module")
+def held_out(small_world, tmp_path_factory):
+    """A held-out world with its answers, and what students get of it."""
+    folder = tmp_path_factory.mktemp("board")
+    shutil.copytree(small_world, folder / "world", ignore=shutil.ignore_patterns("train"))
+    leaderboard.handout(SimpleNamespace(world=folder / "world", out=folder / "students"))
+    return folder
+
+
+def keys_and_values(value):
+    """Every key and every string or number of a JSON document."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from keys_and_values(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from keys_and_values(inner)
+    else:
+        yield str(value)
+
+
+def test_handout_holds_no_target(held_out):
+    files = sorted((held_out / "students").rglob("*.json"))
+    assert len(files) == 2 + 6 + 2 and not list((held_out / "students").rglob("captions.json"))
+    allowed = {"pairid", "reference", "caption", "img_set", "id", "members", "candidate", "captions", "reference_img_id",
+               "relative_caption", "shared_concept", "images", "file_name"}  # fmt: skip
+    old = {name for part in ("cirr", "fashioniq")
+           for file in (held_out / "world" / part).rglob("split.*.json") for name in json.loads(file.read_text())}  # fmt: skip
+    for file in files:
+        document = json.loads(file.read_text())
+        assert not old & set(keys_and_values(document)), file
+        if "captions" in file.parts or "annotations" in file.parts:
+            entries = document["images"] if isinstance(document, dict) else document
+            assert {key for entry in entries for key in entry} <= allowed, file
+    for name, split, category in (("cirr", "test1", None), ("fashioniq", "test", "dress"), ("circo", "test", None)):
+        handed = benchmarks.load(name, held_out / "students" / name, split, category)
+        assert not benchmarks.missing_images(handed) and not any(q.targets or q.kind or q.aspects for q in handed.queries)
+        assert handed.gallery == sorted(handed.gallery, key=int if name == "circo" else str)  # an order that says nothing
+    assert not any(path.stat().st_mtime_ns == (held_out / "world" / "world.json").stat().st_mtime_ns for path in files)
+
+
+def test_answers_are_the_worlds_own_targets(held_out):
+    """The same picture is the target of the same question: images are compared by their bytes."""
+    for name, split, category in (("cirr", "test1", None), ("fashioniq", "test", "shirt"), ("circo", "test", None)):
+        old = benchmarks.load(name, held_out / "world" / name, split, category)
+        new = benchmarks.load(name, held_out / "world/answers" / name, split, category)
+        handed = benchmarks.load(name, held_out / "students" / name, split, category)
+        assert [(q.id, q.reference, q.captions) for q in new.queries] == [(q.id, q.reference, q.captions) for q in handed.queries]
+        look = lambda paths, *names: tuple(sorted(paths[n].read_bytes() for n in names))  # noqa: E731
+        meant = sorted((*q.captions, look(old.paths, q.reference), look(old.paths, *q.targets)) for q in old.queries)
+        assert meant == sorted((*q.captions, look(handed.paths, q.reference), look(handed.paths, *q.targets)) for q in new.queries)
+
+
+def write_team(folder, world, hits):
+    """A team that finds the target of the first `hits[name]` queries of each part, and never another."""
+    folder.mkdir(parents=True)
+    for name in leaderboard.HEADLINE:
+        document = {}
+        for part in leaderboard.load_answers(world, [name])[name]:
+            rankings = {}
+            for i, query in enumerate(part.queries):
+                others = [x for x in part.gallery if x not in query.targets and x != query.reference][:49]
+                rankings[query.id] = [query.targets[0], *others] if i < hits[name] else others
+            if name == "cirr":
+                document = {"version": "rc2", "metric": "recall"} | rankings
+            elif name == "fashioniq":
+                document[part.category] = rankings
+            else:
+                document = {k: [int(n) for n in names] for k, names in rankings.items()}
+        (folder / f"{name}.json").write_text(json.dumps(document))
+
+
+def test_ranking_against_a_hand_computation(held_out, tmp_path, call_script):
+    world = held_out / "world"
+    opened = leaderboard.load_answers(world, leaderboard.HEADLINE)
+    counts = {name: [len(part.queries) for part in parts] for name, parts in opened.items()}
+    write_team(tmp_path / "teams/some", world, {"cirr": 10, "fashioniq": 3, "circo": 0})
+    write_team(tmp_path / "teams/same", world, {"cirr": 10, "fashioniq": 3, "circo": 0})
+    write_team(tmp_path / "base/all", world, {"cirr": 999, "fashioniq": 999, "circo": 0})
+    write_team(tmp_path / "teams/broken", world, {"cirr": 0, "fashioniq": 0, "circo": 0})
+    (tmp_path / "teams/broken/cirr.json").write_text('{"version": "rc2", "metric": "recall"}')
+    done = call_script(BOARD, "score", world, tmp_path / "teams", "--baselines", tmp_path / "base", "--json", "b.json",
+                       "--markdown", "b.md")  # fmt: skip
+    assert done.status == 1 and "1 of 4 teams" in done.message and "not scored: broken: " in done.out
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [row["team"] for row in rows] == ["all (baseline)", "same", "some"]
+    cirr, fashioniq = 100 * 10 / counts["cirr"][0], sum(100 * 3 / n for n in counts["fashioniq"]) / 3
+    assert rows[0]["score"] == pytest.approx(200 / 3) and rows[0]["interval"] == pytest.approx([200 / 3, 200 / 3])
+    assert rows[1]["metrics"] == pytest.approx({"cirr": cirr, "fashioniq": fashioniq, "circo": 0})
+    assert rows[1]["score"] == rows[2]["score"] == pytest.approx((cirr + fashioniq) / 3)
+    assert [row["behind"] and row["behind"]["tie"] for row in rows] == [None, False, True]
+    table = (tmp_path / "b.md").read_text().splitlines()
+    assert table[2].startswith("| 1   | all (baseline)") and table[4].rstrip(" |").endswith("0.0 (0.0 to 0.0), a tie")
+
+
+def test_bootstrap_agrees_with_the_normal_approximation():
+    rng = np.random.default_rng(3)
+    one, two = (100.0 * (rng.random(400) < share) for share in (0.6, 0.3))
+    draws = leaderboard.bootstrap({"a": [one, two]}, [0.5, 0.5], draws=4000)["a"]
+    assert draws.mean() == pytest.approx((one.mean() + two.mean()) / 2, abs=0.2)
+    assert draws.std() == pytest.approx(np.sqrt(one.var() / 400 + two.var() / 400) / 2, rel=0.05)
+
+
+def test_handout_refuses_what_would_give_answers_away(held_out, call_script):
+    for out in (held_out / "students", held_out / "world/for_students"):
+        done = call_script(BOARD, "handout", held_out / "world", out)
+        assert done.status == 1 and str(out) in done.message
+    done = call_script(BOARD, "handout", held_out / "nothing", held_out / "x")
+    assert done.status == 1 and "world.json" in done.message and not (held_out / "x").exists()
+    done = call_script(BOARD, "score", held_out / "students", held_out / "students")
+    assert done.status == 1 and "answers" in done.message
+
+
+@pytest.mark.slow
+def test_baselines_are_what_evaluate_says(held_out, call_script):
+    done = call_script(BOARD, "baselines", held_out / "students", held_out / "baselines", "--cache-dir", held_out / "cache")
+    assert done.status == 0, done.err
+    opened = leaderboard.load_answers(held_out / "world", leaderboard.HEADLINE)
+    score = {m: np.mean([v.mean() for v in leaderboard.read_team(held_out / "baselines" / m, opened)]) for m in ("image", "isa")}
+    assert score["isa"] > 3 * score["image"] > 0
+    done = call_script("evaluate.py", "submit", "--benchmark", "cirr", "--data", held_out / "students/cirr", "--split", "test1",
+                       "--checkpoint", ROOT / "pocket/isa.pt", "--out", "mine.json", "--precision", "fp32")  # fmt: skip
+    assert done.status == 0 and Path("mine.json").read_text() == (held_out / "baselines/isa/cirr.json").read_text()
