@@ -74,7 +74,8 @@ def test_its_cells_are_short_and_copy_nothing_of_the_code_base(path):
     lines = {file.name: statements(file.read_text(encoding="utf-8")) for file in CODE_BASE}
     runs = {tuple(code[i : i + 4]): name for name, code in lines.items() for i in range(len(code) - 3)}
     for code in map(python, sources(path, "code")):
-        assert len(code.strip().splitlines()) <= 15, f"more than 15 lines:\n{code}"
+        doing = [line for line in code.splitlines() if line.strip() and not line.startswith(("import ", "from ", "#"))]
+        assert len(doing) <= 20, f"more than 20 lines besides imports:\n{code}"
         taken = definitions(ast.parse(code).body) & written  # a class may well have a `forward`
         assert not taken, f"the code base has {taken}: import it, or choose another name\n{code}"
         own = statements(code)
