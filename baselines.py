@@ -17,9 +17,7 @@ import copy
 import hashlib
 import json
 import math
-import os
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -32,8 +30,11 @@ from tqdm import tqdm
 import blip_lite
 import isa
 import light_encoders
+from blip_lite.checks import check_folder, check_options
 from blip_lite.features import autocast, image_features, keep_freed_memory, pick_precision, round_frozen_weights
+from blip_lite.files import replacing
 from blip_lite.images import find_images
+from blip_lite.signals import end_workers, exit_interrupted, interrupt_on_signals
 from pocket import world
 
 PROMPT = "a photo of"
@@ -128,7 +129,7 @@ def read_sentences(path):
     Raises ValueError, one sentence that names the file and the concept, for anything else.
     """
     try:
-        made = json.loads(Path(path).read_text(encoding="utf-8"))
+        made = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give the path of {{concept: [sentences]}} in JSON") from None
     except (ValueError, RecursionError) as error:
@@ -166,17 +167,16 @@ def assign_concepts(v, concepts, k):
 class TextRegularization:
     """The "LLM TR" of Table 8, SEARLE's L_gpt: spoken of by U, a sentence about one of its concepts has to mean the same.
 
-        regularize = TextRegularization(blip, "pocket/sentences.json")
+        regularize = TextRegularization(blip, read_sentences("pocket/sentences.json"))
         loss = regularize(U, v)                # "a [u1 .. uL] next to a tree" against "a red cat next to a tree"
 
     BLIP gives each image its k nearest concepts, by "a photo of a {concept}"; at each call one of the k and one of its sentences
     are drawn. SEARLE: k = 15 in inversion and 150 in distillation, of the 20,000 concepts of Open Images, 256 sentences each; the
     pocket world has 120 concepts, eight sentences each. All of them are tokenized and encoded here, once, in `precision`; calls run
-    under the caller's autocast. Raises ValueError for a file that read_sentences refuses.
+    under the caller's autocast.
     """
 
-    def __init__(self, blip, path, k=3, precision="fp32"):
-        made = read_sentences(path)
+    def __init__(self, blip, made, k=3, precision="fp32"):
         self.blip, self.names, self.k = blip, list(made), min(k, len(made))
         self.concepts = encode_texts(blip, [f"a photo of {with_article(name)}" for name in made], precision)  # [C, E]
         self.count = torch.tensor([len(sentences) for sentences in made.values()], device=blip.temp.device)  # [C]
@@ -313,13 +313,6 @@ def distill(blip, phi, v, words, regularize, epochs=100, batch=256, lr=1e-4, wei
 # ------------------------------------------------------------------- command line
 
 
-def save(value, path):
-    """Write to a temporary name, then rename: whoever stops this process never leaves half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(value, temporary)
-    os.replace(temporary, path)
-
-
 def invert_in_chunks(blip, v, numbers, regularize, folder, **options):
     """invert, CHUNK images at a time, each kept in `folder`: what is there already is read. -> words [M, 1, d_w]."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -327,8 +320,13 @@ def invert_in_chunks(blip, v, numbers, regularize, folder, **options):
     for start in tqdm(range(0, len(v), CHUNK), desc="inverting", unit=f"x{CHUNK} img", disable=None):
         path, part = folder / f"{start:08d}.pt", slice(start, start + CHUNK)
         if not path.exists():
-            save(invert(blip, v[part], regularize, numbers=numbers[part], **options).cpu(), path)
-        words.append(torch.load(path, weights_only=True))
+            found = invert(blip, v[part], regularize, numbers=numbers[part], **options).cpu()
+            with replacing(path) as file:
+                torch.save(found, file)
+        try:
+            words.append(torch.load(path, weights_only=True))
+        except Exception:  # torch.load reports damaged files in many ways
+            raise ValueError(f"{path}: is damaged; delete it, it is then computed again") from None
     return torch.cat(words).to(v.device)
 
 
@@ -352,6 +350,7 @@ def searle(args):
     run = Path("runs") / args.name
     if (run / "isa.pt").exists() and not args.overwrite:
         raise ValueError(f"{run} already holds a training; replace it with --overwrite or give another --name")
+    check_folder(run)
     made = read_sentences(args.sentences)  # now: an error should not wait for the features
     keep_freed_memory()
     if args.threads:
@@ -364,7 +363,7 @@ def searle(args):
     print(" ".join(f"{k}={v}" for k, v in settings.items()))
 
     numbers, v = choose_images(args, blip, precision)
-    regularize = TextRegularization(blip, args.sentences, args.concepts, precision)
+    regularize = TextRegularization(blip, made, args.concepts, precision)
     what = json.dumps([blip.fingerprint, precision, args.seed, args.steps, args.concepts, made, numbers.tolist()])
     key = hashlib.sha256(what.encode() + v.cpu().numpy().tobytes()).hexdigest()  # of all that a word depends on
     folder = Path(args.cache_dir) / f"words-{key[:16]}"
@@ -377,7 +376,8 @@ def searle(args):
     print(f"loss {losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in the last")
     run.mkdir(parents=True, exist_ok=True)
     state = isa.QueryModel(encoder, phi).state_dict()
-    save({"query_model": state, "settings": settings, "blip": blip.fingerprint, "images": len(v)}, run / "isa.pt")
+    with replacing(run / "isa.pt") as file:
+        torch.save({"query_model": state, "settings": settings, "blip": blip.fingerprint, "images": len(v)}, file)
     print(f"wrote {run}/isa.pt; now: python evaluate.py table --searle {run}/isa.pt")
 
 
@@ -404,24 +404,21 @@ def parse_args(argv=None):
     p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is faster here")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (0 = all); 1 where several trainings share a machine")
     args = parser.parse_args(argv)
-    for name, least in (("count", 2), ("concepts", 1), ("steps", 1), ("epochs", 1), ("seed", 0), ("threads", 0)):
-        if getattr(args, name) < least:
-            p.error(f"--{name} has to be at least {least}, not {getattr(args, name)}")
-    if args.lr <= 0 or not math.isfinite(args.lr):
+    check_options(p, args, count=2, concepts=1, steps=1, epochs=1, seed=0, threads=0)
+    if args.lr <= 0:
         p.error(f"--lr has to be positive, not {args.lr}")
-    try:
-        torch.device(args.device)
-    except RuntimeError:
-        p.error(f"--device has to be cpu or cuda, not {args.device}")
     return args
 
 
 if __name__ == "__main__":
     arguments = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    interrupt_on_signals()
     try:
         searle(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"baselines.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("baselines.py: interrupted; the same command goes on with the images that are not inverted yet")
+    except KeyboardInterrupt as interrupt:
+        what = "the same command goes on with the images that are not inverted yet, and distils from the start"
+        exit_interrupted(interrupt, f"baselines.py: interrupted; {what}")
+    finally:
+        end_workers()

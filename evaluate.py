@@ -10,7 +10,6 @@
 
 import argparse
 import json
-import os
 import signal
 import statistics
 import sys
@@ -29,11 +28,14 @@ import benchmarks
 import blip_lite
 import isa
 import light_encoders
+from blip_lite.checks import check_lengths, check_options, check_output
 from blip_lite.features import autocast, image_features, keep_freed_memory, pick_precision, round_frozen_weights
+from blip_lite.files import replacing
 from blip_lite.images import SUFFIXES, count_files, find_images, list_images, load_images, open_image
+from blip_lite.signals import end_workers
 from pocket import world
 from pocket.specs import EDIT_KINDS
-from train import load_query_model
+from train import load_query_model, read_checkpoint
 
 POCKET_DATA = "data/pocket"
 SIMPLE = {  # method -> query features from (blip, v of the reference, modifiers)
@@ -140,7 +142,7 @@ class Setting:
                 if method == "target caption":
                     words = [f"{prompt} {captions[query.targets[0]]}" for query in queries]
                 else:
-                    words = [f"{prompt} {captions[q.reference]} that {w}" for q, w in zip(queries, words, strict=True)]
+                    words = [f"{prompt} {captions[q.reference]} {isa.continuation(w)}" for q, w in zip(queries, words, strict=True)]
                 return baselines.text_only(blip, None, words)
         else:
 
@@ -151,7 +153,7 @@ class Setting:
 
     def invert(self, v):
         """SEARLE's optimization-based inversion of images, given by v [R, E] -> words [R, 1, d_w]; minutes."""
-        regularize = baselines.TextRegularization(self.blip, self.sentences, precision=self.precision)
+        regularize = baselines.TextRegularization(self.blip, baselines.read_sentences(self.sentences), precision=self.precision)
         return baselines.invert(self.blip, v, regularize, precision=self.precision)
 
     def rank(self, q, query_model=None, k=50):
@@ -214,10 +216,30 @@ def summarize(results):
             for m in results[0]}  # fmt: skip
 
 
+def check_modifiers(blip, benchmark, trained):
+    """ValueError for a modifier that is too long for BLIP, after the sentence of any of the models with the settings `trained`."""
+    label = " ".join(filter(None, (benchmark.name, benchmark.category, benchmark.split)))
+    texts = [(f"the modifier of query {q.id} of {label} ({text[:40]!r})", text) for q in benchmark.queries for text in modifiers(q)]
+    for prompt, tokens in {(settings["prompt"], settings["tokens"]) for settings in trained}:
+        check_lengths(blip, prompt, tokens, texts)
+
+
 def table(args):
+    checkpoints = {m: getattr(args, CHECKPOINTS[m]) for m in CHECKPOINTS if m in args.methods}
+    for path in sum(checkpoints.values(), []):  # what could fail at the end is asked at the start
+        read_checkpoint(path)
+    if "searle-oti" in args.methods:
+        baselines.read_sentences(args.sentences)
+    for path in filter(None, (args.json, args.picture)):
+        check_output(path)
+    if args.picture and Image.registered_extensions().get(Path(args.picture).suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"{args.picture}: PIL writes no such format; give a name that ends in .png")
     opened = open_benchmarks(args)
     blip, precision = open_blip(args)
-    models = {m: [load_query_model(path, blip) for path in getattr(args, CHECKPOINTS[m])] for m in CHECKPOINTS if m in args.methods}
+    models = {m: [load_query_model(path, blip) for path in paths] for m, paths in checkpoints.items()}
+    trained = [{"prompt": "", "tokens": 0}, *(settings for runs in models.values() for _, settings in runs)]
+    for benchmark in opened:
+        check_modifiers(blip, benchmark, trained)
     settings = {k: v for k, v in vars(args).items() if isinstance(v, str | int | float | list | None)}
     report = {"settings": {**settings, "precision": precision, "blip_fingerprint": blip.fingerprint}, "results": {}}
     picture = None
@@ -250,11 +272,12 @@ def table(args):
     if picture is not None:
         path = Path(args.picture)
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path.with_name(f".{path.name}"))  # a hidden name until it is complete
-        os.replace(path.with_name(f".{path.name}"), path)
+        with replacing(path) as file:
+            picture.save(file)
         print(f"wrote {args.picture}: query, modifier, the five best; framed = the target")
 
 
+GREEN, RED = (30, 160, 60), (215, 20, 20)  # frames of targets; what a token looks at
 HEADLINE = {"cirr": "R@1", "fashioniq": "R@10", "circo": "mAP@5"}  # the metric that is also shown by type of modifier
 
 
@@ -290,21 +313,48 @@ def draw_picture(setting, rankings, count=6, top=5, side=96):
             sheet.paste(image, (x, y))
 
         paste(query.reference, 8)
-        words, text = query.captions[0].split(), [""]
-        for word in words:
-            text = [*text[:-1], f"{text[-1]} {word}"] if len(text[-1]) + len(word) < 30 else [*text, word]
-        pen.multiline_text((side + 8, y + 24), "that" + "\n".join(text), fill="black", font_size=15)
+        pen.multiline_text((side + 8, y + 24), wrapped(f"that {query.captions[0]}", 34), fill="black", font_size=15)
         for i, name in enumerate(rankings[query.id][:top]):
-            paste(name, side * (4 + i) + 4, (30, 160, 60) if name in query.targets else None)
+            paste(name, side * (4 + i) + 4, GREEN if name in query.targets else None)
     return sheet
+
+
+def wrapped(text, width):
+    """Words -> lines of at most `width` letters (a longer word has a line of its own)."""
+    lines = [""]
+    for word in text.split():
+        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [*lines, word]
+    return "\n".join(lines)
+
+
+def overlay(image, weights):
+    """A faded image under the weights [H, W] of one token, in red; the deepest red is the token's own maximum."""
+    weights = np.asarray(weights, np.float32)
+    mask = Image.fromarray(0.75 * weights / max(float(weights.max()), 1e-9)).resize(image.size, Image.Resampling.BILINEAR)
+    faded = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "white"), 0.5)
+    red = Image.new("RGB", image.size, RED)
+    return Image.composite(red, faded, Image.fromarray((255 * np.asarray(mask)).astype(np.uint8)))
+
+
+def word_rows(blip):
+    """The whole words of BLIP's vocabulary, without single letters, pieces and special tokens -> words, rows [V, d_w]."""
+    kept = [(word, i) for word, i in blip.tokenizer.vocab.items() if word.isalpha() and len(word) > 1]
+    return [word for word, _ in kept], blip.text_encoder.embeddings.word_embeddings.weight[[i for _, i in kept]]
+
+
+@torch.no_grad()
+def nearest_words(blip, U):
+    """Sentences U [M, L, d_w] -> for each token the word whose row is nearest, lists of M x L strings, and the cosines [M, L]."""
+    words, rows = word_rows(blip)
+    cosine, nearest = (F.normalize(U.float(), dim=-1) @ F.normalize(rows, dim=-1).T).max(dim=-1)  # [M, L]
+    return [[words[i] for i in row] for row in nearest.tolist()], cosine
 
 
 def write_json(path, value):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 # ---------------------------------------------------------------------------------------------- score, submit, check
@@ -324,6 +374,9 @@ def score(args):
         if benchmark.name == "cirr" and subsets is None:
             result = {k: v for k, v in result.items() if k[:2] != "Rs"}  # a top-50 list does not rank the whole subset
         results.append(result)
+        short = sum(len(names) < min(50, len(benchmark.gallery) - 1) for names in rankings.values())
+        if short:
+            print(f"{short} of {len(rankings)} lists hold fewer than 50 names; what they leave out counts as not found")
         print(f"{benchmark.name} {benchmark.category or ''} {benchmark.split}: "
               + "  ".join(f"{k} {v:.2f}" for k, v in result.items()))  # fmt: skip
         for aspect, value in benchmarks.aspect_scores(benchmark, rankings).items():
@@ -333,12 +386,16 @@ def score(args):
 
 
 def submit(args):
+    read_checkpoint(args.checkpoint)  # now: a gallery may take hours to encode
+    check_output(args.out)
     parts, out = annotated(args), Path(args.out)
     for benchmark in parts:
         require_images(benchmark)
-    out.parent.mkdir(parents=True, exist_ok=True)  # now: a gallery may take hours to encode
     blip, precision = open_blip(args)
     model, trained = load_query_model(args.checkpoint, blip)
+    for benchmark in parts:
+        check_modifiers(blip, benchmark, [trained])
+    out.parent.mkdir(parents=True, exist_ok=True)
     document, subset_document = {}, {}
     for benchmark in parts:
         setting = Setting(blip, benchmark, args, precision)
@@ -406,6 +463,18 @@ def check_images(args, sample=200):
 
 
 # ---------------------------------------------------------------------------------------------- command line
+def add_model_options(p):
+    """What every command asks that has BLIP look at images; search.py too."""
+    p.add_argument("--blip", default="pocket", help='"pocket", or the checkpoint that ISA was trained against')
+    p.add_argument("--vocab", help="BERT's vocab.txt, where it does not lie beside the checkpoint")
+    p.add_argument("--image-size", type=int, help="side in pixels that BLIP sees; the same as in training")
+    p.add_argument("--cache-dir", default="cache", help="folder for the gallery's features")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is faster here")
+    p.add_argument("--workers", type=int, default=1, help="processes that decode images")
+    p.add_argument("--threads", type=int, default=0, help="CPU threads (0 = all); 1 where several processes share a machine")
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -417,16 +486,6 @@ def parse_args(argv=None):
             p.add_argument("--benchmark", choices=("cirr", "fashioniq", "circo"), required=benchmark == "required")
             p.add_argument("--data", required=benchmark == "required", help="root of the benchmark, in its official layout")
         return p
-
-    def models(p):
-        p.add_argument("--blip", default="pocket", help='"pocket", or the checkpoint that ISA was trained against')
-        p.add_argument("--vocab", help="BERT's vocab.txt, where it does not lie beside the checkpoint")
-        p.add_argument("--image-size", type=int, help="side in pixels that BLIP sees; the same as in training")
-        p.add_argument("--cache-dir", default="cache", help="folder for the gallery's features")
-        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is faster here")
-        p.add_argument("--workers", type=int, default=1, help="processes that decode images")
-        p.add_argument("--threads", type=int, default=0, help="CPU threads (0 = all); 1 where several processes share a machine")
 
     p = command("table", table, "a table of methods: ISA, the simple baselines, the ceilings of the pocket world", None)
     p.add_argument("--benchmark", choices=("all", "cirr", "fashioniq", "circo"), default="all")
@@ -440,7 +499,7 @@ def parse_args(argv=None):
     p.add_argument("--sentences", default="pocket/sentences.json", help="for searle-oti: JSON, concept -> list of sentences")
     p.add_argument("--json", default="runs/table.json", help="the table with its settings")
     p.add_argument("--picture", default="runs/retrieved.png", help='some queries and what ISA found; "" = none')
-    models(p)
+    add_model_options(p)
 
     p = command("score", score, "score a prediction file; needs annotations only", "required")
     p.add_argument("--split", default="val")
@@ -451,7 +510,7 @@ def parse_args(argv=None):
     p.add_argument("--split", required=True)
     p.add_argument("--checkpoint", required=True)
     p.add_argument("--out", required=True, help="CIRR: a second file NAME_subset.json is written beside it")
-    models(p)
+    add_model_options(p)
 
     p = command("check", check, "compare a folder with the layout that is expected", "or --images")
     p.add_argument("--splits", nargs="+", help="default: those that evaluation asks for and whose annotations are there, or val")
@@ -460,13 +519,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.command == "check" and bool(args.images) == bool(args.benchmark and args.data):
         parser.error("check needs --benchmark and --data, or --images alone")
-    for name in ("workers", "threads"):
-        if getattr(args, name, 0) < 0:
-            parser.error(f"--{name} has to be at least 0, not {getattr(args, name)}")
-    try:
-        torch.device(getattr(args, "device", "cpu"))
-    except RuntimeError:
-        parser.error(f"--device has to be cpu or cuda, not {args.device}")
+    check_options(parser, args, workers=0, threads=0)
     return args
 
 
@@ -479,3 +532,5 @@ if __name__ == "__main__":
         sys.exit(f"evaluate.py: {error}")
     except KeyboardInterrupt:
         sys.exit("evaluate.py: interrupted")
+    finally:
+        end_workers()

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from blip_lite import MEAN, STD, to_pixels
+from blip_lite.checks import MOST_PIXELS, check_finite
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NAMES = ("efficientnet_b0", "efficientnet_b2", "mobilenet_v2", "efficientvit_m2", "mobilevitv2_100", "pocketnet",
@@ -47,6 +48,8 @@ def build(name, pretrained=None, blip=None, image_size=None):
         raise ValueError(f'there is no light encoder "{name}"; choose from {", ".join(NAMES)}')
     if image_size is not None and (not isinstance(image_size, int) or image_size < 32):
         raise ValueError(f"image_size {image_size} is not possible; give a whole number of pixels, 32 or more")
+    if image_size is not None and image_size > MOST_PIXELS:
+        raise ValueError(f"image_size {image_size} would take more memory than there is; give at most {MOST_PIXELS}")
     if name in BLIPS:
         if blip is None or pretrained is not None:
             raise ValueError(f'the encoder "{name}" is that of a loaded BLIP: give blip=, and no pretrained=')
@@ -490,7 +493,8 @@ def load_weights(encoder, state, source):
             problems.append(f"{name} is {list(state[name].shape)} instead of {list(x.shape)}")
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"the weights {source} do not fit this encoder: {'; '.join(problems[:10])}{more}")
+        raise ValueError(f"the weights {source} do not fit this encoder: {'; '.join(problems[:10])}{more}; give its own")
+    check_finite(state, f"the file {source}", "download it again")
     encoder.load_state_dict(state, strict=False)
 
 

@@ -13,13 +13,13 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
 import time
 import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from signal import SIGTERM
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ import baselines
 import blip_lite
 import isa
 import light_encoders
+from blip_lite.checks import check_finite, check_folder, check_lengths, check_options
 from blip_lite.features import (
     autocast,
     bytes_per_image,
@@ -43,7 +44,9 @@ from blip_lite.features import (
     round_frozen_weights,
     wait_for_all,
 )
+from blip_lite.files import cut_log, explained, replacing
 from blip_lite.images import find_images
+from blip_lite.signals import end_workers, exit_interrupted, ignore_signals, interrupt_on_signals, note_signals
 from pocket import world
 
 PRESETS = {
@@ -54,6 +57,7 @@ PRESETS = {
 }  # fmt: skip
 MAY_CHANGE = {"name", "images", "cache", "cache_dir", "workers", "threads", "resume", "overwrite", "device", "save_every", "blip",
               "vocab", "compile"}  # fmt: skip
+OTHER_VERSION = "was written by another version of this program; train again, with --overwrite or another --name"
 MAPPERS = ("atl", "st", "atl-no-ca", "atl-no-sa", "mlp")
 RUN = 1000  # images that follow each other on disk and stay together when an epoch is shuffled, up to --shuffle-buffer
 
@@ -111,24 +115,16 @@ def parse_args(argv=None):
     preset = p.parse_known_args(argv)[0].preset
     p.set_defaults(**PRESETS[preset])
     args = p.parse_args(argv)
-    for name, least in (("epochs", 1), ("batch", 2), ("tokens", 1), ("save_every", 1), ("randaugment", 0), ("threads", 0),
-                        ("workers", 0), ("weight_decay", 0), ("seed", 0), ("shuffle_buffer", 1)):  # fmt: skip
-        if getattr(args, name) < least:
-            p.error(f"--{name.replace('_', '-')} has to be at least {least}, not {getattr(args, name)}")
-    if args.lr <= 0 or not math.isfinite(args.lr) or not 0 < args.crop <= 1:
+    check_options(p, args, epochs=1, batch=2, tokens=1, save_every=1, randaugment=0, threads=0, workers=0, weight_decay=0, seed=0,
+                  shuffle_buffer=1, query_size=1, lar_weight=0)  # fmt: skip
+    if args.lr <= 0 or not 0 < args.crop <= 1:
         p.error(f"--lr has to be positive and --crop in (0, 1], not {args.lr} and {args.crop}")
-    if args.query_size is not None and args.query_size < 1:
-        p.error(f"--query-size has to be at least 1, not {args.query_size}")
-    if args.lar_weight < 0 or not math.isfinite(args.lar_weight):
-        p.error(f"--lar-weight has to be at least 0, not {args.lar_weight}")
     if args.mapper == "mlp" and args.tokens != 1:
         p.error(f"--mapper mlp makes one word: give --tokens 1, not {args.tokens}")
+    if args.seed >= 2**32:
+        p.error(f"--seed has to be below {2**32}, not {args.seed}")
     if args.randaugment > 30:
         p.error(f"--randaugment has to be at most 30, not {args.randaugment}")
-    try:
-        torch.device(args.device)
-    except RuntimeError:
-        p.error(f"--device has to be cpu or cuda, not {args.device}")
     for name in ("blip", "images"):
         if getattr(args, name) is None:
             p.error(f"--preset {preset} needs --{name}")
@@ -154,13 +150,27 @@ def read_checkpoint(path):
     """isa.pt or last.pt -> dict; tensors and plain data only, nothing is executed. Raises ValueError."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(checkpoint, dict) and {"query_model", "settings", "blip"} <= checkpoint.keys():
-            return checkpoint
+        if not {"query_model", "settings", "blip"} <= checkpoint.keys():
+            raise ValueError
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file; `python train.py` writes it") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder; name the isa.pt in it") from None
+    except PermissionError:
+        raise ValueError(f"{path}: may not be read; change its permissions, or name another checkpoint") from None
     except Exception:  # torch.load reports damaged files in many ways
-        pass
-    raise ValueError(f"{path}: is damaged or was not written by train.py; train again or name another checkpoint")
+        what = "is damaged or was not written by train.py"
+        raise ValueError(f"{path}: {what}; train again or name another checkpoint (BLIP's weights go to --blip)") from None
+    check_finite(checkpoint["query_model"], f"{path}:", "train again, with a lower --lr")
+    return checkpoint
+
+
+def fill(model, state, path):
+    """Load a state dict of the checkpoint `path` into a model or an optimizer. Raises ValueError where it is another one's."""
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{path}: {OTHER_VERSION}") from None
 
 
 def load_query_model(path, blip):
@@ -174,8 +184,11 @@ def load_query_model(path, blip):
             f"{path}: was trained against BLIP {checkpoint['blip']}, this one is {blip.fingerprint}; their word spaces differ: "
             "give the same --blip and --image-size as in training"
         )
-    model = build_query_model(checkpoint["settings"], blip)
-    model.load_state_dict(checkpoint["query_model"])
+    try:
+        model = build_query_model(checkpoint["settings"], blip)
+    except (KeyError, ValueError):
+        raise ValueError(f"{path}: {OTHER_VERSION}") from None
+    fill(model, checkpoint["query_model"], path)
     return model.to(blip.temp.device).eval(), checkpoint["settings"]
 
 
@@ -204,7 +217,10 @@ class TrainingImages(torch.utils.data.Dataset):
         self.augment = transforms.Compose(steps)
 
     def __getitem__(self, epoch_and_row):
-        """-> i, pixels [3, S, S], BLIP's pixels or None, {row: why it is damaged}; the next image stands in for a damaged one."""
+        """-> i, pixels [3, S, S], BLIP's pixels or None, {row: why it is damaged}; the next image stands in for a damaged one.
+
+        After a hundred damaged images i is None.
+        """
         epoch, row = epoch_and_row
         damaged = {}
         for i in ((row + step) % len(self.images) for step in range(100)):
@@ -217,11 +233,14 @@ class TrainingImages(torch.utils.data.Dataset):
                 torch.manual_seed(hash((self.seed, epoch, i)))
                 pixels = blip_lite.to_pixels(self.augment(image), self.size, *self.normalization)
             return i, pixels, self.blip_pixels(image) if self.blip_pixels else None, damaged
-        raise ValueError(f"a hundred damaged images follow each other, the first: {damaged[row]}")
+        return None, None, None, damaged  # an error in a worker would reach the user as its whole stack
 
     def batch(self, samples):
-        """Samples -> dict: pixels [B, 3, S, S], blip_pixels, v [B, E], F_v [B, 1+N, D] (float16; these may be None), damaged."""
+        """Samples -> dict: pixels [B, 3, S, S], blip_pixels, v [B, E], F_v [B, 1+N, D] (float16; these may be None), damaged;
+        or hopeless: why the first of a hundred damaged images is."""
         rows, pixels, blip_pixels, damaged = zip(*samples, strict=True)
+        if None in rows:
+            return {"hopeless": next(iter(damaged[rows.index(None)].values()))}
         stored = lambda x: None if x is None else torch.from_numpy(x[rows])  # noqa: E731
         return {
             "pixels": torch.stack(pixels),
@@ -256,19 +275,13 @@ def batches(n, bad, batch, seed, first_step, steps, buffer, rank=0, processes=1)
     bad = np.asarray(bad) - np.arange(len(bad))
     for epoch in range(first_step // per_epoch, steps // per_epoch):
         start = first_step % per_epoch if epoch == first_step // per_epoch else 0
-        left, waiting = per_epoch - start, np.empty(0, np.int64)
+        waiting = np.empty(0, np.int64)
         for rows in epoch_order(n, seed, epoch, buffer, start * batch):
             waiting = np.append(waiting, rows)
-            while left and len(waiting) >= batch:
-                mine, waiting, left = waiting[rank * share : (rank + 1) * share], waiting[batch:], left - 1
+            while len(waiting) >= batch:
+                mine, waiting = waiting[rank * share : (rank + 1) * share], waiting[batch:]
                 mine = mine + np.searchsorted(bad, mine, side="right")  # the m-th row that is not bad
                 yield [(epoch, row) for row in mine.tolist()]
-
-
-def leave_signals_to_the_loop(worker):
-    """Ctrl-C and often SIGTERM go to all processes of a run, but the step in hand still wants its images."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def learning_rate(step, steps, peak):
@@ -280,17 +293,24 @@ def learning_rate(step, steps, peak):
 
 
 # ---------------------------------------------------------------------------------------------- training
-def save(checkpoint, path):
-    """Write to a temporary name, then rename: whoever stops this process never leaves half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(checkpoint, temporary)
-    os.replace(temporary, path)
+def save(run, step, settings, fingerprint, images, query_model, optimizer):
+    """Write runs/NAME/last.pt and isa.pt. Raises ValueError for weights that are not finite: the older files then stay."""
+    weights = query_model.state_dict()
+    if not all(x.isfinite().all() for x in weights.values()):
+        raise ValueError(f"weights are not finite after step {step} and are not saved; lower --lr and start anew with --overwrite")
+    state = {"query_model": weights, "settings": settings, "blip": fingerprint, "images": images, "step": step}
+    with replacing(run / "last.pt") as file:
+        torch.save({**state, "optimizer": optimizer.state_dict()}, file)
+    with replacing(run / "isa.pt") as file:
+        torch.save(state, file)
 
 
 def resume(run, settings, fingerprint, images, query_model, optimizer):
     """Load runs/NAME/last.pt into the model and the optimizer -> the next step. Raises ValueError where settings differ."""
     checkpoint = read_checkpoint(run / "last.pt")
-    for name in settings.keys() - MAY_CHANGE:
+    if not {"optimizer", "images", "step"} <= checkpoint.keys() or (settings.keys() - MAY_CHANGE) - checkpoint["settings"].keys():
+        raise ValueError(f"{run}/last.pt: {OTHER_VERSION}")
+    for name in sorted(settings.keys() - MAY_CHANGE):  # of several the same one each time
         if checkpoint["settings"].get(name) != settings[name]:
             raise ValueError(
                 f"{run}/last.pt was trained with --{name.replace('_', '-')} {checkpoint['settings'].get(name)}, not "
@@ -300,9 +320,17 @@ def resume(run, settings, fingerprint, images, query_model, optimizer):
         raise ValueError(f"{run}/last.pt was trained against BLIP {checkpoint['blip']}, not {fingerprint}; give the same --blip")
     if checkpoint["images"] != images:
         raise ValueError(f"{run}/last.pt was trained on {checkpoint['images']} images, not {images}; give the same --images")
-    query_model.load_state_dict(checkpoint["query_model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    fill(query_model, checkpoint["query_model"], run / "last.pt")
+    fill(optimizer, checkpoint["optimizer"], run / "last.pt")
     return checkpoint["step"]
+
+
+def step_of(path):
+    """The step of a checkpoint; None where there is none or it is damaged."""
+    try:
+        return read_checkpoint(path).get("step")
+    except ValueError:
+        return None
 
 
 def gather(x):
@@ -350,20 +378,23 @@ def open_images(args, blip, precision):
         counts = f"{len(features.bad)} of {len(images)} images in {args.images} are damaged"
         raise ValueError(f"{counts}, which is more than 1 %; mend them, or train without them by --skip-bad-images")
     if features.bad and rank == 0:
-        print(f"{len(features.bad)} of {len(images)} images are damaged and left out", file=sys.stderr)
+        print(f"skipped: {len(features.bad)} of {len(images)} images, which are damaged", file=sys.stderr)
     return images, features, sorted(features.bad)
 
 
 def train(args):
+    """-> the number of the signal that stopped the run, or 0. Raises ValueError and OSError for what the user can mend."""
     run, device = Path("runs") / args.name, torch.device(args.device)
     if (run / "last.pt").exists() and not (args.resume or args.overwrite):
         raise ValueError(f"{run} already holds a training; go on with --resume, replace it with --overwrite or give another --name")
+    check_folder(run)
     keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     rank, processes = process()
     if args.batch % processes:
         raise ValueError(f"--batch {args.batch} cannot be shared out among {processes} processes; give a multiple of {processes}")
+    sentences = baselines.read_sentences(args.sentences) if args.loss == "gcd+llm" else None
     blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=device)
     precision = from_the_first(pick_precision(device)) if args.precision == "auto" else args.precision  # which is timed
     if args.resume and (run / "last.pt").exists() and args.precision == "auto":
@@ -374,6 +405,9 @@ def train(args):
     settings = {**vars(args), "precision": precision}
     if rank == 0:
         print(" ".join(f"{k}={v}" for k, v in settings.items()))
+        if args.resume and not (run / "last.pt").exists():
+            print(f"{run}/last.pt is not there: nothing to resume, training starts at step 0")
+    check_lengths(blip, args.prompt, args.tokens, [("--prompt with --tokens", "")])  # now: to store features may take hours
 
     images, features, bad = open_images(args, blip, precision)
     count = len(images) - len(bad)
@@ -384,7 +418,7 @@ def train(args):
     needs_maps = "lar" in args.loss
     looks = args.gallery == "blip" and (args.cache == "none" or (args.cache == "global" and needs_maps))  # BLIP, at every step
     if args.loss == "gcd+llm":
-        text_regularization = baselines.TextRegularization(blip, args.sentences, precision=precision)
+        text_regularization = baselines.TextRegularization(blip, sentences, precision=precision)
 
     parameters = [p for p in query_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
@@ -398,30 +432,25 @@ def train(args):
         size = sum(p.numel() for p in parameters) / 1e6
         print(f"{size:.2f} M trained parameters on the query side, {count} images, steps {first}..{steps}")
         run.mkdir(parents=True, exist_ok=True)
+        cut_log(run / "log.jsonl", first)
 
-    def checkpoint(step):
-        state = {"query_model": query_model.state_dict(), "settings": settings, "blip": blip.fingerprint, "images": count,
-                 "step": step}  # fmt: skip
-        save({**state, "optimizer": optimizer.state_dict()}, run / "last.pt")
-        save(state, run / "isa.pt")
-
-    stop = []  # Ctrl-C and SIGTERM end the training after the step in hand
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(True))
+    checkpoint = partial(save, run, settings=settings, fingerprint=blip.fingerprint, images=count, query_model=query_model,
+                         optimizer=optimizer)  # fmt: skip
+    if rank == 0 and first and step_of(run / "isa.pt") != first:  # killed between the two files
+        checkpoint(first)
+    stop = note_signals(at_once=processes == 1)  # they end the training after the step in hand; torchrun sends its own besides
     preprocess = partial(blip_lite.to_pixels, image_size=blip.image_size, mean=blip_lite.MEAN, std=blip_lite.STD)
     data = TrainingImages(images, query_model.encoder, args, features, preprocess if looks else None)
     loader = torch.utils.data.DataLoader(
         data, batch_sampler=batches(count, bad, batch, args.seed, first, steps, args.shuffle_buffer, rank, processes),
         collate_fn=data.batch, num_workers=args.workers, pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals_to_the_loop,
+        worker_init_fn=ignore_signals,
     )  # fmt: skip
     bar = tqdm(loader, total=steps, initial=first, desc="training", disable=True if rank else None)
-    log_file, damaged, began = run / "log.jsonl", set(), time.time()
-    if rank == 0:
-        logged = log_file.read_text().splitlines(keepends=True) if first and log_file.exists() else []
-        log = log_file.open("w")
-        log.writelines(line for line in logged if json.loads(line)["step"] <= first)  # what a killed run did after is done again
+    damaged, began = set(), time.time()
     for step, sample in enumerate(bar, start=first):
+        if "hopeless" in sample:
+            raise ValueError(f"a hundred damaged images follow each other, the first: {sample['hopeless']}")
         torch.manual_seed((args.seed * 1_000_003 + step) * processes + rank)  # LAR's negatives
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr)
@@ -472,39 +501,65 @@ def train(args):
         bar.set_postfix({k: f"{x:.3f}" for k, x in row.items()} | {"img/s": round(speed)}, refresh=False)
         if rank == 0 and ((step + 1) % 20 == 0 or step + 1 == steps):
             row = {"step": step + 1, "images_per_s": round(speed), **{k: round(x, 4) for k, x in row.items()}}
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+            with explained(run / "log.jsonl"), (run / "log.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
         if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps or stopped):
             checkpoint(step + 1)
-        if stopped:
+        if stopped and step + 1 < steps:
             if rank == 0:
                 print(f"\nstopped after step {step + 1}; --resume goes on from {run}/last.pt")
-            return
+            wait_for_all()  # torchrun ends the others as soon as one has ended
+            return stop[0] if stop else SIGTERM
     if rank == 0:
         print(f"wrote {run}/isa.pt after {time.time() - began:.0f} s; now: python evaluate.py table --checkpoint {run}/isa.pt")
+    return stop[0] if stop else 0
 
 
 def join_processes(args):
     """Under torchrun: one GPU for each process, or the CPU; they talk by nccl or gloo."""
     if "WORLD_SIZE" in os.environ:
         if args.device == "cuda":
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise ValueError(f"there are more processes than GPUs here ({torch.cuda.device_count()}); lower --nproc_per_node")
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
         # DDP may warn that a 1 x 1 convolution has another layout, which for 1 x 1 is no difference
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=timedelta(hours=12))  # caching may take long
+        try:
+            backend = "nccl" if "cuda" in args.device else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=12))  # caching may take long
+        except (RuntimeError, ValueError) as error:  # the port is taken, or the first process is not there
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = str(error).splitlines()[0]
+            remedy = "`torchrun --standalone` finds a free port"
+            raise ValueError(f"the processes cannot meet at {where} ({reason}); {remedy}") from None
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: features that are half done are removed
+    interrupt_on_signals()
+    arguments = parse_args()
     try:
-        arguments = parse_args()
         join_processes(arguments)
-        train(arguments)
+        stopped = train(arguments)
+        sys.exit(128 + stopped if stopped else 0)  # as shells tell it: `train.py && evaluate.py` stops here
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted before the first step; no checkpoint was written")
+    except torch.cuda.OutOfMemoryError:
+        sys.exit(f"train.py: the GPU has too little memory for --batch {arguments.batch}; give a smaller one, or --cache full")
+    except KeyboardInterrupt as interrupt:
+        last = Path("runs") / arguments.name / "last.pt"
+        what = f"--resume goes on from {last}" if last.exists() else "no checkpoint was written; stored features are kept"
+        exit_interrupted(interrupt, f"train.py: interrupted; {what}")
+    except RuntimeError as error:
+        known = {
+            "DataLoader worker": "a worker was killed, perhaps for want of memory; go on with --resume and fewer --workers",
+            "by peer": "another of the processes has ended; it said why",  # under torchrun
+        }
+        said = next((sentence for sign, sentence in known.items() if sign in str(error)), None)
+        if said is None:
+            raise
+        sys.exit(f"train.py: {said}")
     finally:
+        end_workers()
         if dist.is_initialized():
             dist.destroy_process_group()

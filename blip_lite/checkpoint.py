@@ -5,6 +5,7 @@ BlipForImageTextRetrieval (.bin or .safetensors, in one file or in shards), and 
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,8 @@ from pathlib import Path
 import torch
 
 from .blip import Blip
+from .checks import MOST_PIXELS, check_finite
+from .files import replacing
 from .tokenizer import Tokenizer
 from .vit import HEAD_WIDTH, resize_position_embedding
 
@@ -65,8 +68,9 @@ def load(source, vocab=None, image_size=None, device="cpu"):
     weights or a pickle that wants to run code; for keys that are missing, unexpected or mis-shaped (listed); for a
     vocabulary that is missing or does not fit the word embedding; and for an image size that does not fit the patches.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f'device "{device}" was asked for, but this PyTorch sees no CUDA GPU; use device="cpu"')
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if torch.device(device).type == "cuda" and (torch.device(device).index or 0) >= found:
+        raise ValueError(f'device "{device}" was asked for, but this PyTorch sees {found or "no"} CUDA GPU; use device="cpu"')
     files, folder = _find(source)
     state = {}
     for file in files:
@@ -85,6 +89,7 @@ def load(source, vocab=None, image_size=None, device="cpu"):
         _check_keys(state, blip.state_dict())
     except ValueError as error:
         raise ValueError(f"{files[0]}: {error}") from None
+    check_finite(state, files[0], "download or train it again")
     blip.tokenizer = _find_vocabulary(vocab, folder, files[0], sizes["vocab_size"])
 
     for name in state:  # one at a time, so that at no time two copies of the model are in memory
@@ -99,16 +104,10 @@ def save(blip, path):
 
     An older file is replaced only when the new one is complete. The temperature stays float32: the losses divide by it.
     """
-    path = Path(path)
     state = {name: tensor.detach().cpu() for name, tensor in blip.state_dict().items()}
     state = {name: tensor.half().contiguous() if tensor.dim() else tensor.float() for name, tensor in state.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"model": state}, file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        torch.save({"model": state}, file)
 
 
 def infer_sizes(state_dict, image_size=None):
@@ -136,6 +135,8 @@ def infer_sizes(state_dict, image_size=None):
     if image_size != int(image_size) or image_size < patch_size or image_size % patch_size:
         near = max(1, round(image_size / patch_size)) * patch_size
         raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch_size}; {near} is near")
+    if image_size > MOST_PIXELS:
+        raise ValueError(f"image size {image_size} would take more memory than there is; give at most {MOST_PIXELS}")
     for what, width in (("image", pos[2]), ("text", words[1])):
         if width == 0 or width % HEAD_WIDTH:
             raise ValueError(f"the {what} encoder is {width} wide, not a multiple of {HEAD_WIDTH}, the width of a head")
@@ -189,7 +190,7 @@ def _find_vocabulary(vocab, folder, weights, rows):
     """The Tokenizer of vocab.txt, given or beside the weights; ValueError where the word embedding has other `rows`."""
     if vocab is None and not (folder / "vocab.txt").is_file():
         raise ValueError(
-            f"there is no vocab.txt beside {weights}; put it there or name it with vocab= "
+            f"there is no vocab.txt beside {weights}; put it there or name it with --vocab (vocab=) "
             "(python -m blip_lite.download vocab.txt fetches BERT's)"
         )
     vocab = folder / "vocab.txt" if vocab is None else vocab
@@ -268,6 +269,8 @@ def _read_pickle(path):
                 "get the weights as a state dict or .safetensors from a source you trust"
             ) from None
         raise ValueError(f"{path} is damaged or not a file of PyTorch weights; download it again") from None
+    if isinstance(state, dict) and "query_model" in state:
+        raise ValueError(f"{path} is a checkpoint of train.py, for --checkpoint; give BLIP's own weights, as in training")
     state = state.get("model", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not state:
         raise ValueError(f'{path} holds no state dict, bare or under "model"; give a BLIP checkpoint')
@@ -309,6 +312,9 @@ def _read_safetensors(path):
                 plain = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
                 if not plain or end - begin != math.prod(shape) * dtype.itemsize or end > size - start:
                     raise ValueError
+            places = sorted(entry["data_offsets"] for entry in header.values())
+            if any(end > begin for (_, end), (begin, _) in itertools.pairwise(places)):  # no tensor shares bytes with another
+                raise ValueError
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError(f"{path} is damaged or not a .safetensors file; download it again") from None
         state = {}

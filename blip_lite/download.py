@@ -18,6 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .checks import check_folder
+
 SALESFORCE = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"
 VOCAB_URL = "https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt"
 VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
@@ -71,7 +73,7 @@ def download(url, path, sha256=None):
         total = int(total)
         if total - start > shutil.disk_usage(path.parent).free:
             raise ValueError(f"{path.name} needs {(total - start) / 1e9:.1f} GB more than {path.parent} has room for")
-        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=path.name)
+        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=path.name, disable=None)
         with bar, open(part, "r+b" if start else "wb") as file:
             file.seek(start)
             while True:
@@ -109,6 +111,7 @@ def main(argv=None):
         description="Fetch an official BLIP checkpoint and BERT's vocabulary. Run again to resume.",
         epilog="names:\n" + "\n".join(f"  {name:34}{what}" for name, what in CHECKPOINTS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     names = [*CHECKPOINTS, "vocab.txt"]
     parser.add_argument("name", choices=names, metavar="NAME", help="a checkpoint below, or vocab.txt alone")
@@ -120,6 +123,7 @@ def main(argv=None):
     if args.base_url:
         urls = {name: f"{args.base_url.rstrip('/')}/{name}" for name in urls}
     try:
+        check_folder(args.to)
         args.to.mkdir(parents=True, exist_ok=True)
         for name in dict.fromkeys(("vocab.txt", args.name)):
             if (args.to / name).exists():

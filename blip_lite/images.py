@@ -12,6 +12,7 @@ import io
 import os
 import shutil
 import tarfile
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -20,11 +21,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .checks import check_folder
+from .files import clear, complete, explained, locked
+from .signals import ignore_signals
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of oddities in files that it reads all the same, two lines for each
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def open_image(name, file=None):
-    """A path, or a name and an open file -> a decoded PIL image. ValueError, one sentence, if it is not readable."""
+    """A path, or a name and an open file -> a decoded PIL image, of an animation the first frame.
+
+    Raises ValueError, one sentence, if it is not readable. Beyond 179 million pixels, PIL's limit, it is not even decoded.
+    """
     try:
         image = Image.open(file or name)
         image.load()
@@ -32,8 +41,8 @@ def open_image(name, file=None):
     except FileNotFoundError:
         raise ValueError(f"{name}: there is no such image; check the data set with `python evaluate.py check`") from None
     except Exception as error:  # PIL's decoders raise nearly anything on damaged data
-        empty = file.getbuffer().nbytes == 0 if file else Path(name).stat().st_size == 0
-        reason = "is empty" if empty else f"cannot be read as an image ({error})"
+        empty = file.getbuffer().nbytes == 0 if file else os.path.isfile(name) and os.path.getsize(name) == 0
+        reason = "is empty" if empty else f"cannot be read as an image ({' '.join(str(error).split())})"
         raise ValueError(f"{name}: {reason}; replace or remove the file") from None
 
 
@@ -41,7 +50,10 @@ class Rows:
     """Rows of an .npy file [N, ...], read and written one by one: of a mapped file, all that was seen would stay in memory."""
 
     def __init__(self, path):
-        header = np.load(path, mmap_mode="r")
+        try:
+            header = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError):  # numpy reports damaged files in many ways
+            raise ValueError(f"{path}: is damaged; delete its folder, it is then computed again") from None
         self.path, self.shape, self.dtype, self.offset = Path(path), header.shape, header.dtype, header.offset
 
     def __len__(self):
@@ -114,7 +126,7 @@ def list_images(paths):
     table[:, 0], table[:, 1], table[:, 2] = np.append(0, ends[:-1]), ends, -1
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(_identity(path))
+        digest.update(identity(path))
     return ImageList(b"".join(names), table, [], digest.hexdigest())
 
 
@@ -125,25 +137,31 @@ def find_images(folder, cache):
     not exist or holds fewer than two images, and for a damaged shard.
     """
     _require_folder(folder)
+    check_folder(cache)
     digest, shards = hashlib.sha256(), []
-    for path in _walk(folder):
-        digest.update(_identity(path))
+    for path in walk(folder):
+        digest.update(identity(path))
         if path.endswith(".tar"):
             shards.append(path)
     kept = Path(cache) / f"images-{digest.hexdigest()[:16]}"
     if not kept.is_dir():
-        draft = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        try:
-            _write_list(folder, shards, draft)
-            draft.rename(kept)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        draft = kept.with_name(f"{kept.name}.tmp")
+        with locked(draft):
+            try:
+                clear(draft)  # of what a killed process left
+                if not kept.is_dir():  # another process may have made it while this one waited
+                    with explained(draft):
+                        _write_list(folder, shards, draft)
+                    complete(draft, kept)
+            except BaseException:
+                clear(draft)
+                raise
     return ImageList(kept / "names", Rows(kept / "table.npy"), shards, digest.hexdigest())
 
 
 def _require_folder(folder):
+    if Path(folder).is_file():
+        raise ValueError(f"{folder}: is a file; give the folder that holds it, or a folder of images, with --images")
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: there is no such folder; give a folder of images with --images")
 
@@ -155,7 +173,7 @@ def count_files(folder):
     """
     _require_folder(folder)
     taken, others, empty = Counter(), Counter(), []
-    for path in tqdm(_walk(folder, all_files=True), desc="looking", unit=" files", disable=None, leave=False):
+    for path in tqdm(walk(folder, all_files=True), desc="looking", unit=" files", disable=None, leave=False):
         suffix = os.path.splitext(path)[1].lower()
         if not _is_taken(path):
             others[suffix or "no suffix"] += 1
@@ -170,7 +188,7 @@ def _is_taken(path):
     return path.lower().endswith(SUFFIXES) or path.endswith(".tar")
 
 
-def _walk(folder, all_files=False):
+def walk(folder, all_files=False):
     """Paths of images and shards, or of all files, folder by folder; a folder that links lead to twice is visited once."""
     seen = set()
 
@@ -189,7 +207,7 @@ def _walk(folder, all_files=False):
                 yield os.path.join(parent, name)
 
 
-def _identity(path):
+def identity(path):
     """What tells a file from another and from itself as it was before a change."""
     try:
         stat = os.stat(path)
@@ -202,7 +220,7 @@ def _write_list(folder, shards, out):
     """The files names and table.npy of an ImageList, written as they come: no list of all of them is ever in memory."""
     with open(out / "names", "wb") as names, open(out / "table", "wb") as table:
         count, number = 0, {path: i for i, path in enumerate(shards)}
-        for path in tqdm(_walk(folder), desc="listing images", unit=" files", disable=None, leave=False):
+        for path in tqdm(walk(folder), desc="listing images", unit=" files", disable=None, leave=False):
             entries = _members(path) if path in number else [(path, 0, 0)]
             for name, begin, size in entries:
                 start = names.tell()
@@ -255,7 +273,8 @@ def load_images(images, preprocess, batch_size, workers, rows=None, pin_memory=F
     images: an ImageList; rows: a range of them, by default all.
     """
     data = Prepared(images, preprocess, range(len(images)) if rows is None else rows)
-    return torch.utils.data.DataLoader(data, batch_size, num_workers=workers, collate_fn=_sort_out, pin_memory=pin_memory)
+    return torch.utils.data.DataLoader(data, batch_size, num_workers=workers, collate_fn=_sort_out, pin_memory=pin_memory,
+                                       worker_init_fn=ignore_signals)  # fmt: skip
 
 
 def _sort_out(samples):

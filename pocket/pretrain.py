@@ -11,7 +11,7 @@ twins, images that differ in one thing, and matching also sees captions that are
 
 import argparse
 import json
-import os
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +22,9 @@ from tqdm import tqdm
 
 import blip_lite
 from blip_lite.blip import MEAN, STD
+from blip_lite.checks import check_options, check_output
+from blip_lite.files import cut_log, explained, replacing
+from blip_lite.signals import exit_interrupted, interrupt_on_signals, note_signals
 from pocket import specs as language
 from pocket.drawing import draw
 from pocket.specs import EARLY_MIX, EDIT_KINDS, LATE_MIX, Rng
@@ -189,8 +192,26 @@ def fine_batch(rng, size, tokenizer, mix=LATE_MIX):
     return to_pixels(specs), ids, mask, torch.from_numpy(language.holds(facts, specs)), wrong
 
 
+def load_state(path, settings, blip, optimizer):
+    """OUT.state into the model and the optimizer -> the next step. Raises ValueError where it is damaged or of other settings."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        other = [name for name, value in settings.items() if state["settings"][name] != value]
+        if not other:
+            blip.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return state["step"]
+    except Exception:  # torch.load reports damaged files in many ways
+        raise ValueError(f"{path}: is damaged or of another version of this program; delete it to start anew") from None
+    name = other[0]
+    was = state["settings"][name]
+    raise ValueError(f"{path}: is of --{name} {was}, not {settings[name]}; give --{name} {was}, or delete the file to start anew")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """-> the number of the signal that stopped it, or 0."""
+    parser = argparse.ArgumentParser(prog="python -m pocket.pretrain", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--steps", type=int, default=5600, help="the schedule's length; fewer steps mean a weaker BLIP")
     parser.add_argument("--batch", type=int, default=192, help="pairs a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
@@ -201,15 +222,21 @@ def main():
     parser.add_argument("--validate", metavar="FILE", help='only print the held-out figures of these weights; "pocket" = ours')
     parser.add_argument("--out", type=Path, default=HERE / "blip.pth", help="weights (fp16); OUT.state resumes, OUT.log tells")
     args = parser.parse_args()
+    check_options(parser, args, steps=1, batch=8, seed=0, threads=1, held_out=2, save_every=1)
+    if args.lr <= 0:
+        parser.error(f"--lr has to be positive, not {args.lr}")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     if args.validate:
         vocab = None if args.validate == "pocket" else HERE / "vocab.txt"
         print(json.dumps({k: round(x, 1) for k, x in validate(blip_lite.load(args.validate, vocab=vocab), args.held_out).items()}))
         return
+    check_output(args.out)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     vocab = HERE / "vocab.txt"
     if not vocab.exists():
-        vocab.write_text("\n".join(language.vocabulary()) + "\n")
+        with replacing(vocab) as file:
+            file.write(("\n".join(language.vocabulary()) + "\n").encode())
     blip = new_model(blip_lite.Tokenizer(vocab))
     decay = [p for p in blip.parameters() if p.ndim > 1]
     plain = [p for p in blip.parameters() if p.ndim <= 1]
@@ -217,15 +244,13 @@ def main():
         [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.98)
     )
     state_file, log_file = Path(f"{args.out}.state"), Path(f"{args.out}.log")
-    start = 0
+    start, settings = 0, {name: getattr(args, name) for name in ("steps", "batch", "lr", "seed")}
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        blip.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+        start = load_state(state_file, settings, blip, optimizer)
+    cut_log(log_file, start)
     print(f"{sum(p.numel() for p in blip.parameters()) / 1e6:.2f} M parameters, steps {start}..{args.steps}")
-    began = time.time()
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps)
+    began, stop = time.time(), note_signals()
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
     for step in bar:
         torch.manual_seed(args.seed * 1_000_003 + step)  # a resumed run draws the same negatives
         rng, wrong = Rng(f"{args.seed}-{step}"), None
@@ -248,28 +273,41 @@ def main():
             itm, accuracy = matching_loss(blip, words, mask, F_v, *pairs)
         loss = itc + itm
         if not torch.isfinite(loss):
-            raise SystemExit(f"the loss is {loss.item()} at step {step}: lower --lr")
+            raise ValueError(f"the loss is {loss.item()} at step {step}; lower --lr")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(blip.parameters(), 1.0)
         optimizer.step()
         bar.set_postfix(itc=f"{itc.item():.3f}", itm=f"{itm.item():.3f}", matched=f"{accuracy.item():.2f}")
         last = step + 1 == args.steps
-        if (step + 1) % args.save_every == 0 or last:
-            temporary = Path(f"{state_file}.tmp")
-            torch.save({"model": blip.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, temporary)
-            os.replace(temporary, state_file)
         if (step + 1) % 500 == 0 or last:
             figures = {k: round(x, 1) for k, x in validate(blip, args.held_out).items()}
             row = {"step": step + 1, "seconds": round(time.time() - began), "itc": round(itc.item(), 4),
                    "itm": round(itm.item(), 4), "temperature": round(temperature.item(), 4), **figures}  # fmt: skip
-            with log_file.open("a") as log:
+            with explained(log_file), log_file.open("a") as log:
                 log.write(json.dumps(row) + "\n")
             tqdm.write(json.dumps(row))
             if last:
                 blip.temp.data.clamp_(0.02, 0.5)  # as the loss used it; below the floor no gradient reaches it
             blip_lite.save(blip, args.out)
+        if (step + 1) % args.save_every == 0 or last or stop:  # at the end: a run that is killed before does the step again
+            if not all(x.isfinite().all() for x in blip.state_dict().values()):
+                raise ValueError(f"weights are not finite after step {step + 1} and are not saved; lower --lr")
+            state = {"model": blip.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "settings": settings}
+            with replacing(state_file) as file:
+                torch.save(state, file)
+        if stop:
+            print(f"\nstopped after step {step + 1}; the same command goes on from {state_file}")
+            return stop[0]
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    interrupt_on_signals()
+    try:
+        stopped = main()
+        sys.exit(128 + stopped if stopped else 0)
+    except (ValueError, OSError) as error:
+        sys.exit(f"pocket.pretrain: {error}")
+    except KeyboardInterrupt as interrupt:
+        exit_interrupted(interrupt, "pocket.pretrain: interrupted; the same command goes on from the last state, if there is one")

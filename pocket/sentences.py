@@ -8,9 +8,10 @@ of {concept} that ...", which is also that of a composed query.
 """
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
+
+from blip_lite.files import replacing
 
 from .specs import (
     BACKGROUNDS,
@@ -72,9 +73,8 @@ def make(seed=0):
 
 
 def write(path=FILE):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(make(), indent=0) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write((json.dumps(make(), indent=0) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from blip_lite.checks import check_folder, check_options
+from blip_lite.files import explained
+
 from .drawing import draw
 from .specs import (
     BACKGROUNDS,
@@ -191,11 +194,24 @@ def write(out, seed=0, scale=1.0, workers=2):
     scale below 1 makes a smaller world for tests. The folder appears only when it is complete; an older world there is replaced.
     Raises ValueError for a folder that holds anything else.
     """
-    out, size = Path(out), lambda n: max(4, round(n * scale))
-    if out.exists() and not (out / "world.json").exists() and (out.is_file() or any(out.iterdir())):
-        raise ValueError(f"{out}: holds other things than a pocket world, which would be lost; give another --out")
+    out = Path(out)
+    check_folder(out.parent)
+    if out.is_file() or (out.exists() and not (out / "world.json").exists() and any(out.iterdir())):
+        raise ValueError(f"{out}: holds other things than a pocket world, which would be lost; move it, or give another --out")
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
+    try:
+        with explained(out):
+            _write(draft, seed, scale, workers)
+        shutil.rmtree(out, ignore_errors=True)
+        draft.rename(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write(draft, seed, scale, workers):
+    """All of `write` but the folder's name."""
+    size = lambda n: max(4, round(n * scale))  # noqa: E731
     captions = {"cirr": {}, "fashioniq": {}, "circo": {}}
     with ProcessPoolExecutor(workers) as pool:
         drawing = []
@@ -237,8 +253,6 @@ def write(out, seed=0, scale=1.0, workers=2):
         for part in drawing:
             part.result()
     _write_json(draft / "world.json", {"seed": seed, "scale": scale, "images": count})
-    shutil.rmtree(out, ignore_errors=True)
-    draft.rename(out)
 
 
 def ensure(out="data/pocket"):
@@ -256,11 +270,15 @@ def ensure(out="data/pocket"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the pocket world: training images and three benchmarks.")
+    parser = argparse.ArgumentParser(prog="python -m pocket.world", allow_abbrev=False,
+                                     description="Draw the pocket world: training images and three benchmarks.")  # fmt: skip
     parser.add_argument("--out", default="data/pocket", help="folder to write; an older world there is replaced")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other images of the same kind")
     parser.add_argument("--scale", type=float, default=1.0, help="size of the world; 0.02 is enough for a test")
     args = parser.parse_args()
+    check_options(parser, args, seed=0)
+    if not 0 < args.scale <= 100:
+        parser.error(f"--scale has to be above 0 and at most 100, not {args.scale}")
     try:
         write(args.out, args.seed, args.scale)
     except (ValueError, OSError) as error:

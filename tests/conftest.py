@@ -24,6 +24,13 @@ DATA = SHARED / "data" if (SHARED / "data").is_dir() else SHARED  # the real ann
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    """Whoever names these files, and none else, wants their slow tests too; plain `pytest` leaves them out (pyproject.toml)."""
+    named = {Path(argument.split("::")[0]).name for argument in config.args}
+    if named <= {"test_notebooks.py", "test_assignments.py"} and not any(a.startswith("-m") for a in config.invocation_params.args):
+        config.option.markexpr = ""
+
+
 @dataclass
 class Finished:
     """A script that ended: its exit status, and what it printed. `message` is what a user reads last on stderr."""
@@ -48,17 +55,24 @@ def run_script(*arguments, cwd, **environment):
 
 @pytest.fixture
 def call_script(tmp_path, monkeypatch, capsys):
-    """The same in this process, which spares the seconds that `import torch` takes; the current folder is tmp_path."""
+    """The same in this process, which spares the seconds that `import torch` takes; the current folder is tmp_path.
+
+    "-m" as the first argument runs the module that follows.
+    """
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*arguments):
         script, *rest = map(str, arguments)
-        monkeypatch.setattr(sys, "argv", [script, *rest])
+        module = script == "-m" and rest.pop(0)
+        monkeypatch.setattr(sys, "argv", [module or script, *rest])
         capsys.readouterr()
         status, said = 0, ""
         try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            if module:
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stop:  # what the interpreter makes of it: text is printed, and the status is 1
             status, said = (1, f"{stop.code}\n") if isinstance(stop.code, str) else (stop.code or 0, "")
         finally:

@@ -1,11 +1,14 @@
 """blip_lite/features.py: what it stores equals what BLIP says, is never stale, and leaves nothing behind when it fails."""
 
 import copy
+import errno
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from types import SimpleNamespace
 
@@ -16,6 +19,7 @@ from conftest import ROOT
 from PIL import Image
 
 from blip_lite import features
+from blip_lite.files import locked
 from blip_lite.images import list_images, open_image
 
 
@@ -236,17 +240,108 @@ def test_refuses_when_the_disk_is_too_small(tmp_path, blip, images, monkeypatch,
             assert list((tmp_path / "cache").iterdir()) == [] and capsys.readouterr().out == ""
 
 
-def test_nothing_is_left_when_it_is_interrupted(tmp_path, blip, images):
-    def encode(pixels, cls_only, calls=[]):  # noqa: B006
-        calls.append(0)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return blip.blip.encode_image(pixels)
+def interrupted(blip, batch):
+    """A Counting BLIP that is stopped when it should look at its batch number `batch`, from 1."""
 
-    blip.encode_image = encode
+    class Stopping(Counting):
+        def encode_image(self, pixels, cls_only=False, calls=[]):  # noqa: B006
+            calls.append(0)
+            if len(calls) == batch:
+                raise KeyboardInterrupt
+            return super().encode_image(pixels, cls_only)
+
+    return Stopping(blip.blip)
+
+
+def test_nothing_is_left_when_it_is_interrupted_early(tmp_path, blip, images):
     with pytest.raises(KeyboardInterrupt):
-        image_features(blip, images, tmp_path / "cache", maps=True, batch_size=4, workers=0)
+        image_features(interrupted(blip, 2), images, tmp_path / "cache", maps=True, batch_size=4, workers=0)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("stop, left", [(2, 6), (3, 5), (5, 1)])
+def test_what_was_stored_before_an_interrupt_is_gone_on_with(tmp_path, blip, images, monkeypatch, capsys, stop, left):
+    """Two of nine images a batch, noted after each; one of them is damaged. The files end up the same, to the bit."""
+    monkeypatch.setattr(features, "KEPT_EVERY", 1)
+    open(images[2], "w").write("not an image")
+    call = lambda blip, cache: image_features(blip, images, tmp_path / cache, maps=True, batch_size=2, workers=0, skip_bad=True)  # noqa: E731
+    whole, _ = images_seen(blip, lambda: call(blip, "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        call(interrupted(blip, stop), "parts")
+    assert [path.suffix for path in (tmp_path / "parts").iterdir()] == [".tmp"]
+    parts, seen = images_seen(blip, lambda: call(blip, "parts"))
+    assert seen == left and "storing the rest of v and F^v of 9 images" in capsys.readouterr().out
+    assert set(whole.bad) == {2} and whole.bad == parts.bad
+    files = [{path.name: path.read_bytes() for path in found.rows.folder.iterdir()} for found in (whole, parts)]
+    assert set(files[0]) == {"v.npy", "F_v.npy", "done.json"} and files[0] == files[1]
+    assert not list((tmp_path / "parts").glob("*.tmp"))
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_stored_is_kept(tmp_path, blip, images, monkeypatch):
+    monkeypatch.setattr(features, "KEPT_EVERY", 1)
+    call = lambda cache: image_features(blip, images, tmp_path / cache, maps=True, batch_size=2, workers=0)  # noqa: E731
+    whole = call("whole")
+    write, calls = features.Rows.write, []
+
+    def full(self, *arguments):
+        calls.append(0)
+        if len(calls) == 6:  # F^v of the third batch
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features.Rows, "write", full)
+        with pytest.raises(ValueError, match="features-.*tmp: cannot be written .No space left on device.; .*make room"):
+            call("parts")
+    parts, seen = images_seen(blip, lambda: call("parts"))
+    assert seen == 5 and np.array_equal(whole.v, parts.v) and np.array_equal(whole.F_v, parts.F_v)
+
+
+def in_another_process(code, *arguments):
+    script = f"import sys\nfrom pathlib import Path\nfrom blip_lite.files import *\n{code}"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], cwd=ROOT, **pipes)
+
+
+def test_two_processes_do_not_fill_one_draft(tmp_path, blip, images):
+    """The second waits, and then finds what the first has stored; a killed one holds up nobody."""
+    first = image_features(blip, images, tmp_path / "cache", workers=0)
+    draft, folder = first.rows.folder.with_name(f"{first.rows.folder.name}.tmp"), first.rows.folder
+    hold = "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    input()\n"
+    other = in_another_process(hold + "    complete(Path(sys.argv[1]), Path(sys.argv[2]))\n", draft, folder)
+    assert other.stdout.readline() == "held\n"
+    for path in folder.iterdir():
+        path.rename(draft / path.name)
+    folder.rmdir()
+    threading.Timer(0.5, other.communicate, ["\n"]).start()
+    began = time.monotonic()
+    again, seen = images_seen(blip, lambda: image_features(blip, images, tmp_path / "cache", workers=0))
+    assert seen == 0 and np.array_equal(first.v, again.v) and time.monotonic() - began > 0.4
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+
+    other = in_another_process(hold, draft)
+    assert other.stdout.readline() == "held\n"
+    with locked(draft, wait=False) as mine:
+        assert not mine
+    other.kill()
+    other.communicate()
+    with locked(draft, wait=False) as mine:
+        assert mine
+    assert not draft.exists()
+
+
+def test_drafts_are_removed_after_a_week_unless_a_process_fills_them(tmp_path, blip, images):
+    old, used, young, folder = (tmp_path / "cache" / f"features-{name}" for name in ("a.123.tmp", "b.tmp", "c.tmp", "d"))
+    for path in (old, used, young, folder):
+        path.mkdir(parents=True)
+        (path / "v.npy").write_bytes(b"x")
+    other = in_another_process("with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    input()\n", used)
+    assert other.stdout.readline() == "held\n"
+    for path, days in ((old, 8), (used, 8), (young, 6), (folder, 8)):
+        os.utime(path, (time.time() - days * 86400,) * 2)
+    image_features(blip, images, tmp_path / "cache", workers=0)
+    other.communicate("\n")
+    assert [path.exists() for path in (old, used, young, folder)] == [False, True, True, True]
 
 
 # ------------------------------------------------------------------------------------------------------ precision

@@ -229,9 +229,10 @@ def test_a_run_that_fails_gives_one_line_and_the_others_go_on(here, scripts, mon
 
 
 def test_a_training_that_was_stopped_is_not_evaluated(here, scripts):
-    scripts()
+    scripts("sys.exit(128 + signal.SIGTERM)\n")
     (failure,) = tables.run_missing(["fig5"], tables.parse_args(["fig5", "--seeds", "0"]), "f")
-    assert "runs/tables/isa-0 was stopped" in failure
+    assert failure == f"`{tables.shown(tables.training('isa', 0))} --resume` was stopped from outside; the same command goes on"
+    assert [line.split("/")[-1] for line in (here / "calls").read_text().splitlines()] == ["train.py"]
 
 
 def test_control_c_is_passed_on_once_and_waited_for(here, scripts):
@@ -452,7 +453,7 @@ def untrained_runs(here, pocket_blip):
 
 @pytest.mark.parametrize("name, tokens", [("fig4", 2 + 6 + 10), ("fig6", 6)])
 def test_figures_are_readable(name, tokens, untrained_runs, small_world, here, monkeypatch):
-    drawn, retrieved, plain = [], [], tables.overlay
+    drawn, retrieved, plain = [], [], evaluate.overlay
     monkeypatch.setattr(tables, "overlay", lambda image, weights: drawn.append(weights) or plain(image, weights))
     pasted = tables.paste_retrieved
     monkeypatch.setattr(tables, "paste_retrieved", lambda *a: retrieved.append(a[2:4]) or pasted(*a))
@@ -513,12 +514,12 @@ def test_words_to_tokens_takes_the_right_rows_and_columns(pocket_blip, monkeypat
 def test_overlay_is_red_where_the_token_looks():
     weights = torch.zeros(8, 8)
     weights[1, 6] = 0.3
-    sheet = np.asarray(tables.overlay(Image.new("RGB", (64, 64), "white"), weights), int)
+    sheet = np.asarray(evaluate.overlay(Image.new("RGB", (64, 64), "white"), weights), int)
     redness = sheet[..., 0] - sheet[..., 1]
     assert np.unravel_index(redness.argmax(), redness.shape)[0] in range(8, 16) and redness.argmax() % 64 in range(48, 56)
     assert redness[40:].max() == 0
     with warnings.catch_warnings(action="error"):  # a token that looks nowhere is not divided by 0
-        assert np.asarray(tables.overlay(Image.new("RGB", (64, 64)), torch.zeros(8, 8))).std() == 0
+        assert np.asarray(evaluate.overlay(Image.new("RGB", (64, 64)), torch.zeros(8, 8))).std() == 0
 
 
 # ---------------------------------------------------------------------------------------------------- what LAR changes
@@ -528,7 +529,7 @@ def test_learnt_words_are_looked_at(small_world, trained, pocket_blip, monkeypat
     names = benchmark.gallery[:12]
     captions = json.loads((small_world / "cirr" / "captions.json").read_text())
     rows = pocket_blip.text_encoder.embeddings.word_embeddings.weight
-    vocabulary, kept = tables.word_rows(pocket_blip)
+    vocabulary, kept = evaluate.word_rows(pocket_blip)
     assert "red" in vocabulary and not {"a", "[PAD]", "##b", "7"} & set(vocabulary) and len(kept) == len(vocabulary)
     spoken = [[*[word for word in captions[name].split() if len(word) > 1][:2], "zip"] for name in names]
     U = torch.stack([torch.stack([3 * rows[pocket_blip.tokenizer.vocab[word]] for word in words]) for words in spoken])

@@ -1,0 +1,302 @@
+"""search.py: rankings computed anew from single features, an index that encodes each photo once, contact sheets looked at."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from PIL import Image
+
+import blip_lite
+import isa
+import light_encoders
+import search
+from blip_lite.images import walk
+from train import load_query_model
+
+FAST = ["--precision", "fp32", "--workers", "0"]
+
+
+@pytest.fixture
+def photos(small_world, tmp_path):
+    """Thirty photos in two folders with odd names, and other things."""
+    root = tmp_path / "my photos" / "été"
+    root.mkdir(parents=True)
+    paths = sorted((small_world / "cirr/img_raw/test1").iterdir())[:30]
+    for i, path in enumerate(paths):
+        shutil.copy(path, (root if i % 2 else root.parent) / f"{i:02d} día.png")
+    (root / "notes.txt").write_text("no photo")
+    return root.parent
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The numbers of photos that BLIP looked at, search by search."""
+    counts, plain = [], blip_lite.Blip.encode_image
+
+    def counting(blip, pixels, **options):
+        counts.append(len(pixels))
+        return plain(blip, pixels, **options)
+
+    monkeypatch.setattr(blip_lite.Blip, "encode_image", counting)
+    return counts
+
+
+def run(call_script, photos, *more, text="is red", image=None):
+    image = image or sorted(walk(photos))[3]
+    return call_script("search.py", "--gallery", photos, "--image", image, "--text", text, *FAST, *more)
+
+
+def found(done):
+    assert done.status == 0, done.err
+    return json.loads(done.out)["results"]
+
+
+def one_line(done, *parts):
+    assert done.status == 1 and done.message.startswith("search.py: ") and done.err.count("\n") == 1, done.err
+    for part in parts:
+        assert part in done.message, done.message
+
+
+@torch.no_grad()
+def plain_ranking(blip, photos, image, text):
+    """One photo at a time, no index: [(path, score)] best first, without the query itself."""
+    model, settings = load_query_model(ROOT / "pocket" / "isa.pt", blip)
+    U = model(light_encoders.preprocess(model.encoder, Image.open(image))[None])
+    q = F.normalize(blip.encode_text(*isa.compose_query(blip, U, [text])), dim=-1)[0]
+    scores = {}
+    for folder, _, names in os.walk(photos):
+        for name in names:
+            path = os.path.join(folder, name)
+            if name.endswith(".png") and path != str(image):
+                scores[path] = float(blip.encode_image(blip.preprocess(Image.open(path))[None])[0][0] @ q)
+    return sorted(scores.items(), key=lambda pair: -pair[1])
+
+
+# ---------------------------------------------------------------------------------------------- ranking
+@pytest.mark.parametrize("text", ("shows a blue car at night instead", ""))
+def test_ranking_is_that_of_single_features(call_script, photos, pocket_blip, text):
+    image = sorted(walk(photos))[3]
+    rows = found(run(call_script, photos, "--json", "-", "--top", "29", text=text))
+    wanted = plain_ranking(pocket_blip, photos, image, text)
+    assert [row["path"] for row in rows] == [path for path, _ in wanted] and [row["rank"] for row in rows] == list(range(1, 30))
+    assert np.allclose([row["score"] for row in rows], [score for _, score in wanted], atol=1e-4)
+
+
+def test_list_file_and_more_than_there_are(call_script, photos, tmp_path):
+    done = run(call_script, photos, "--json", "deep/found.json", "--top", "100")
+    document = json.loads((tmp_path / "deep" / "found.json").read_text())
+    assert document["text"] == "is red" and len(document["nearest_words"]) == 6 and len(document["results"]) == 29
+    lines = done.out.splitlines()
+    assert [line.split(maxsplit=2)[2] for line in lines] == [row["path"] for row in document["results"]]
+    assert lines[0].split()[0] == "1" and float(lines[0].split()[1]) == document["results"][0]["score"]
+    assert "30 photos" in done.err and "0 of them cannot be read" in done.err
+
+
+def test_the_query_is_left_out_unless_kept(call_script, photos, tmp_path):
+    image = sorted(walk(photos))[3]
+    (tmp_path / "link.png").symlink_to(image)
+    for query in (image, tmp_path / "link.png", os.path.relpath(image, tmp_path)):
+        assert image not in [row["path"] for row in found(run(call_script, photos, "--json", "-", "--top", "30", image=query))]
+    kept = found(run(call_script, photos, "--json", "-", "--top", "30", "--keep-query", text=""))
+    assert len(kept) == 30 and image in [row["path"] for row in kept[:2]]  # its own sentence finds it
+    shutil.copy(image, tmp_path / "copy.png")
+    assert len(found(run(call_script, photos, "--json", "-", "--top", "30", image=tmp_path / "copy.png"))) == 30
+
+
+# ---------------------------------------------------------------------------------------------- the index
+def test_only_new_and_changed_photos_are_encoded(call_script, photos, encoded, pocket_blip):
+    image = sorted(walk(photos))[3]
+    assert len(found(run(call_script, photos, "--json", "-", "--top", "50", image=image))) == 29 and sum(encoded) == 30
+    run(call_script, photos, text="at night")
+    assert sum(encoded) == 30  # another text, nothing to encode
+    paths = sorted(path for path in walk(photos) if path != image)
+    shutil.copy(paths[0], photos / "new.png")
+    os.remove(paths[1])
+    os.rename(paths[2], photos / "renamed.png")
+    time.sleep(0.01)
+    shutil.copy(paths[5], paths[4])  # changed
+    rows = found(run(call_script, photos, "--json", "-", "--top", "50", image=image))
+    assert sum(encoded) == 33 and len(rows) == 29  # new, renamed, changed
+    assert [row["path"] for row in rows if row["path"] not in (paths[0], str(photos / "new.png"), paths[4], paths[5])] == [
+        path for path, _ in plain_ranking(pocket_blip, photos, image, "is red")
+        if path not in (paths[0], str(photos / "new.png"), paths[4], paths[5])]  # fmt: skip
+    scores = {row["path"]: row["score"] for row in rows}
+    assert scores[paths[4]] == scores[paths[5]] and scores[paths[0]] == scores[str(photos / "new.png")]
+
+
+def test_what_is_gone_is_forgotten(call_script, photos, tmp_path):
+    run(call_script, photos)
+    (records,) = tmp_path.glob("cache/photos-*/records")
+    whole = records.stat().st_size
+    for path in sorted(walk(photos))[10:]:
+        os.remove(path)
+    assert len(found(run(call_script, photos, "--json", "-", "--top", "50"))) == 9
+    assert records.stat().st_size == whole // 3
+
+
+def test_an_index_belongs_to_a_blip_a_precision_and_a_folder(call_script, photos, tmp_path):
+    run(call_script, photos)
+    run(call_script, photos, "--precision", "bf16")
+    run(call_script, photos / "été", image=sorted(walk(photos))[3])
+    assert len(list(tmp_path.glob("cache/photos-*"))) == 3
+    run(call_script, os.path.relpath(photos, tmp_path))
+    assert len(list(tmp_path.glob("cache/photos-*"))) == 3
+
+
+def test_a_half_written_record_is_cut_off(call_script, photos, encoded, tmp_path):
+    before = found(run(call_script, photos, "--json", "-"))
+    (records,) = tmp_path.glob("cache/photos-*/records")
+    os.truncate(records, records.stat().st_size - 1000)  # 288 bytes each: three are gone, and a part of a fourth
+    assert found(run(call_script, photos, "--json", "-")) == before and sum(encoded) == 34
+
+
+SLOWLY = """  # search.py, which prints a line after each batch and waits: the first argument says how long
+import runpy, sys, time
+import search
+delay, plain = float(sys.argv.pop(1)), search.load_images
+def slow(*arguments):
+    for batch in plain(*arguments):
+        yield batch
+        print("B", flush=True)
+        time.sleep(delay)
+import blip_lite.images
+blip_lite.images.load_images = slow
+runpy.run_path(search.__file__, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", (signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)))
+def test_an_interrupted_indexing_goes_on(photos, small_world, tmp_path, number):
+    """A real process is stopped after its first batch of 64; the next one encodes the rest."""
+    for i, path in enumerate(sorted((small_world / "train").iterdir())[:200]):
+        shutil.copy(path, photos / f"more {i}.png")
+    image = sorted(walk(photos))[3]
+    options = ["--gallery", str(photos), "--image", image, *FAST]
+
+    def process(delay):
+        command, environment = [sys.executable, "-c", SLOWLY, str(delay), *options], {**os.environ, "PYTHONPATH": str(ROOT)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+
+    first = process(60)
+    assert first.stdout.readline() == "B\n"
+    first.send_signal(number)
+    assert first.wait() == (-9 if number == signal.SIGKILL else 143)
+    (records,) = tmp_path.glob("cache/photos-*/records")
+    assert records.stat().st_size % 288 == 0
+    done = records.stat().st_size // 288
+    assert done == 64
+    second = process(0)
+    out, _ = second.communicate()
+    assert second.returncode == 0 and out.count("B\n") == -(-(230 - done) // 64) and len(out.splitlines()) == out.count("B\n") + 10
+
+
+@pytest.mark.slow
+def test_two_searches_at_once(photos, tmp_path):
+    command = [sys.executable, str(ROOT / "search.py"), "--gallery", str(photos), "--image", sorted(walk(photos))[3], *FAST]
+    both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    (first, _), (second, _) = [process.communicate() for process in both]
+    assert first == second and len(first.splitlines()) == 10 and [process.returncode for process in both] == [0, 0]
+    (records,) = tmp_path.glob("cache/photos-*/records")
+    assert records.stat().st_size == 30 * 288
+
+
+def test_damaged_photos_are_named_and_left_out(call_script, photos, encoded):
+    (photos / "text.jpg").write_text("no photo")
+    (photos / "empty.png").write_bytes(b"")
+    done = run(call_script, photos, "--json", "-", "--top", "50")
+    assert len(found(done)) == 29 and "left out:" in done.err and "text.jpg" in done.err and "empty.png: is empty" in done.err
+    assert "32 photos" in done.err and "2 of them cannot be read" in done.err
+    again = run(call_script, photos, "--json", "-", "--top", "50")
+    assert found(again) == found(done) and sum(encoded) == 30 and "2 of them cannot be read" in again.err
+
+
+def test_names_that_are_not_utf8(call_script, photos):
+    shutil.copy(sorted(walk(photos))[3], os.fsencode(photos) + b"/caf\xe9.png")
+    done = run(call_script, photos, "--json", "-", "--top", "50", "--out", "sheet.png", image=sorted(walk(photos))[5])
+    assert any("caf\ufffd.png" in row["path"] for row in found(done))
+
+
+def test_listing_and_loading_do_not_take_long(photos, pocket_blip, tmp_path, monkeypatch):
+    """20,000 photos that are known: no photo is opened, and a second of the processor is enough."""
+    paths = [str(tmp_path / f"{i}.png") for i in range(20_000)]
+    ones = lambda blip, new, *_: ((range(a, a + 1000), np.ones((1000, 64))) for a in range(0, len(new), 1000))  # noqa: E731
+    monkeypatch.setattr(search, "encode", ones)
+    assert search.index(pocket_blip, paths, tmp_path, "fp32", tmp_path / "cache").shape == (20_000, 64)
+    monkeypatch.setattr(search, "encode", lambda blip, new, *_: [] if not new else pytest.fail("encoded again"))
+    start = time.process_time()
+    assert (search.index(pocket_blip, paths, tmp_path, "fp32", tmp_path / "cache") == 1).all()
+    assert time.process_time() - start < 5  # 0.3 s
+
+
+# ---------------------------------------------------------------------------------------------- the contact sheet
+def test_the_contact_sheet_shows_query_and_photos(call_script, photos, tmp_path):
+    done = run(call_script, photos, "--out", "out/sheet.png", "--json", "-", "--top", "7")
+    rows, sheet = found(done), np.asarray(Image.open(tmp_path / "out" / "sheet.png").convert("RGB"), int)
+    query = Image.open(sorted(walk(photos))[3]).convert("RGB").resize((search.SIDE,) * 2, Image.Resampling.BICUBIC)
+    m = search.MARGIN
+    assert np.abs(sheet[m : m + search.SIDE, m : m + search.SIDE] - np.asarray(query, int)).max() == 0
+    left = sheet.shape[1] - search.ACROSS * (search.PHOTO + m)
+    for row in rows:
+        i = row["rank"] - 1
+        x, y = left + i % 5 * (search.PHOTO + m), m + i // 5 * (search.PHOTO + 44)
+        photo = Image.open(row["path"]).convert("RGB").resize((search.PHOTO,) * 2, Image.Resampling.BICUBIC)
+        assert np.abs(sheet[y : y + search.PHOTO, x : x + search.PHOTO] - np.asarray(photo, int)).max() == 0
+    assert (sheet[-60:, -search.PHOTO :] == 255).all()  # seven photos leave the end of the second line empty
+
+
+def test_proportions_are_kept_and_long_names_are_shortened():
+    wide = np.asarray(search.fitted(Image.new("RGB", (400, 100), "red"), 100))
+    assert (wide[:35] == 255).all() and (wide[40:60] == (255, 0, 0)).all() and (wide[65:] == 255).all()
+    tall = np.asarray(search.fitted(Image.new("RGB", (2, 8), "red"), 100))
+    assert (tall[:, :35] == 255).all() and (tall[:, 40:60] == (255, 0, 0)).all()
+    font = search.ImageFont.load_default(12)
+    name = "a" * 80 + "_the_end.jpeg"
+    short = search.shortened(name, font, 150)
+    assert font.getlength(short) <= 150 and short.startswith("aaa") and short.endswith("end.jpeg") and "..." in short
+    assert search.shortened("short.png", font, 150) == "short.png"
+
+
+@pytest.mark.parametrize("tokens, maps", ((6, (True, True)), (10, (True, False)), (1, (False, False))))
+def test_sheets_of_other_mappers(photos, tokens, maps):
+    """Ten tokens take two lines; a mapper without attention has no maps."""
+    grid = torch.rand(tokens, 4, 4)
+    words, paths = ["a-rather-long-word"] * tokens, sorted(walk(photos))[:3]
+    grids = [grid if there else None for there in maps]
+    sheet = search.contact_sheet(Image.open(paths[0]).convert("RGB"), "word " * 60, words, grids, paths, [1, 2, 3])
+    assert sheet.width < 1500 and sheet.height > 300
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+def test_wrong_input_is_one_line(call_script, photos, tmp_path):
+    image = sorted(walk(photos))[3]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("no image")
+    base = {"--gallery": photos, "--image": image, "--text": "is red"}
+    for changed, parts in (
+        ({"--gallery": "nowhere"}, ("nowhere", "no such folder", "--gallery")), ({"--gallery": "empty"}, ("empty", "no photos")),
+        ({"--gallery": image}, ("no such folder",)), ({"--image": "nowhere.png"}, ("nowhere.png",)),
+        ({"--image": "text.png"}, ("text.png",)),
+        ({"--image": photos}, (str(photos),)), ({"--text": "red " * 600}, ("--text", "64 positions")),
+        ({"--checkpoint": "no.pt"}, ("no.pt",)),
+        ({"--blip": "nowhere.pth"}, ("nowhere.pth",)), ({"--out": "text.png/x.png"}, ("text.png",)),
+        ({"--json": "empty"}, ("empty", "folder")),
+    ):  # fmt: skip
+        options = [str(x) for pair in (base | changed).items() for x in pair]
+        one_line(call_script("search.py", *options, *FAST), *parts)
+    assert not list(tmp_path.glob("cache/*"))  # all of that before anything was indexed
+
+
+@pytest.mark.parametrize("options", (["--top", "0"], ["--out", "a.txt"], ["--texts", "y"], ["--workers", "-1"]), ids=" ".join)
+def test_usage_errors(call_script, photos, options):
+    done = run(call_script, photos, *options)
+    assert done.status == 2 and "error:" in done.message
