@@ -194,7 +194,9 @@ def test_stopped_while_features_are_stored(trained, tmp_path, number):
     assert poll(exists(tmp_path, "cache/features-*.tmp/rows-*.json"), process)
     os.killpg(process.pid, number)
     assert finish(process) == 128 + number
-    assert said(tmp_path) == ["train.py: interrupted; no checkpoint was written; stored features are kept"]
+    *noise, last = said(tmp_path)  # once in many times a worker that is talked to at that moment says that nobody listens
+    assert last == "train.py: interrupted; no checkpoint was written; stored features are kept"
+    assert not any("KeyboardInterrupt" in line or "train.py" in line for line in noise)
     assert not (tmp_path / "runs").exists() and list(tmp_path.glob("cache/features-*.tmp/rows-*.json"))
 
 

@@ -509,7 +509,7 @@ def test_ensure_draws_only_what_is_missing(tmp_path, monkeypatch, capsys):
     world.ensure(tmp_path / "w")
     assert len(calls) == 1 and capsys.readouterr().out == ""
     marker.write_text("{")
-    with pytest.raises(ValueError, match=r"world.json is damaged; remove the folder .*w, it is then drawn again"):
+    with pytest.raises(ValueError, match=r"world.json is damaged; delete the folder .*w, it is then drawn again"):
         world.ensure(tmp_path / "w")
 
 
