@@ -1,7 +1,7 @@
 """What students do wrong, through the real command lines: every wrong input costs a minute and one clear sentence.
 
-CASES is one table. Each case runs in this process (as `runpy` does it, which spares the import of torch), and as a process of its
-own: a dozen by default, all of them with `-m slow`. Whatever goes wrong, the exit status is 1 (2 for the command line itself), one
+CASES is one table. A case runs in this process (as `runpy` does it, which spares the import of torch), and as a process of its own:
+by default each third one and a dozen, with `-m "slow or not slow"` all of them twice. Whatever goes wrong, the exit status is 1 (2 for the command line itself), one
 line on stderr names the file or the value and what to do, no output file is there and nothing that was there has changed.
 """
 
@@ -629,7 +629,8 @@ def check(case, done, before, cwd):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if i % 3 else (), id=case.name)
+                                  for i, case in enumerate(CASES)])  # fmt: skip
 def test_bad_input(case, here, call_script):
     if case.prepare:
         case.prepare(here)

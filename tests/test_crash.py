@@ -521,6 +521,7 @@ def at_call(owner, name, n, number):
     return lambda: setattr(owner, name, wrapped)
 
 
+@pytest.mark.slow
 def test_pretraining_survives_signals_and_kills(tmp_path):
     """Ctrl-C in the first step, SIGKILL at the end, between the log and the weights; then to the end."""
     assert finish(begin("pocket.pretrain", *PRETRAIN, "--out", "whole.pth", cwd=tmp_path)) == 0, said(tmp_path)
