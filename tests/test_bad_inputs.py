@@ -1,8 +1,9 @@
 """What students do wrong, through the real command lines: every wrong input costs a minute and one clear sentence.
 
-CASES is one table. A case runs in this process (as `runpy` does it, which spares the import of torch), and as a process of its own:
-by default each third one and a dozen, with `-m "slow or not slow"` all of them twice. Whatever goes wrong, the exit status is 1 (2 for the command line itself), one
-line on stderr names the file or the value and what to do, no output file is there and nothing that was there has changed.
+CASES is one table. A case runs in this process (as `runpy` does it, which spares the import of torch), and as a process of its
+own: by default each third one and a dozen, with `-m "slow or not slow"` all of them twice. Whatever goes wrong, the exit status
+is 1 (2 for the command line itself), one line on stderr names the file or the value and what to do, no output file is there and
+nothing that was there has changed.
 """
 
 import ctypes
