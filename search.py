@@ -64,7 +64,7 @@ def index(blip, paths, folder, precision, cache, workers=1):
     """
     kind = np.dtype([("id", "S32"), ("v", np.float32, (blip.embed_dim,))])
     place, root = place_of_index(blip, folder, precision, cache), os.path.realpath(folder)
-    names = (os.path.join(root, os.path.relpath(path, folder)) for path in paths)
+    names = (os.path.join(root, path[len(os.fspath(folder)) :].lstrip(os.sep)) for path in paths)  # relpath, ten times as fast
     wanted = [hashlib.sha256(identity(name)).hexdigest()[:32].encode() for name in names]
     with locked(place):  # one search at a time writes; the next finds it done
         file = place / "records"
