@@ -34,7 +34,7 @@ from blip_lite.checks import check_folder, check_options
 from blip_lite.features import autocast, image_features, keep_freed_memory, pick_precision, round_frozen_weights
 from blip_lite.files import replacing
 from blip_lite.images import find_images
-from blip_lite.signals import exit_interrupted, interrupt_on_signals
+from blip_lite.signals import end_workers, exit_interrupted, interrupt_on_signals
 from pocket import world
 
 PROMPT = "a photo of"
@@ -420,3 +420,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt as interrupt:
         what = "the same command goes on with the images that are not inverted yet, and distils from the start"
         exit_interrupted(interrupt, f"baselines.py: interrupted; {what}")
+    finally:
+        end_workers()

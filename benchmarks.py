@@ -143,10 +143,12 @@ def _read_circo(root, annotations):
     queries = []
     for i, entry in enumerate(_read_json(annotations, list)):
         where = f"{annotations}, entry {i}"
+        truths = [_coco_name(truth, where) for truth in _get(entry, "gt_img_ids", list, where, [])]
+        target = str(entry.get("target_img_id", ""))
         queries.append(Query(
             str(_get(entry, "id", int, where)), _coco_name(_get(entry, "reference_img_id", int, where), where),
             [_get(entry, "relative_caption", str, where).strip()],
-            targets=[_coco_name(truth, where) for truth in _get(entry, "gt_img_ids", list, where, [])],
+            targets=sorted(truths, key=lambda name, target=target: name != target),  # the single target of R@K first
             aspects=_strings(entry, "semantic_aspects", where, []),
             kind=_get(entry, "modifier_type", str, where, "")))
     folder = root / "COCO2017_unlabeled" / "unlabeled2017"
@@ -172,6 +174,8 @@ def _check_names(benchmark, file):
     if not queries or len({query.id for query in queries}) < len(queries) or len(gallery) < len(benchmark.gallery):
         raise ValueError(f"{file} is empty, or it or its list of images repeats an entry: download it again")
     for i, query in enumerate(queries):
+        if len(set(query.targets)) < len(query.targets):
+            raise ValueError(f"{file}, entry {i}: a ground truth is listed twice: repair or download it again")
         if bool(query.targets) != bool(queries[0].targets):
             raise ValueError(f"{file}, entry {i}: some entries have a target and some have none: download it again")
         unknown = [name for name in (query.reference, *(query.subset or ())) if name not in benchmark.paths]
@@ -193,7 +197,8 @@ def _unique_keys(pairs):
 def _read_json(path, kind):
     """The content of a JSON file whose outermost value is a `kind`; a key that appears twice is an error."""
     if not path.is_file():
-        others = sorted(file.name for file in path.parent.glob(f"{path.name.split('.')[0]}.*.json"))[:6]
+        kind = path.name.split(".")[:-2][:1]  # "cap" of "cap.rc2.val.json"; of "val.json" nothing
+        others = sorted(file.name for file in path.parent.glob("*.json") if file.name.split(".")[:-2][:1] == kind)[:6]
         there = f" (there is {', '.join(others)})" if others else ""  # of another split, or another benchmark
         raise FileNotFoundError(f"{path} is missing{there}: `python evaluate.py check` prints the files that are expected")
     try:

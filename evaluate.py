@@ -33,6 +33,7 @@ from blip_lite.checks import check_lengths, check_options, check_output
 from blip_lite.features import autocast, image_features, keep_freed_memory, pick_precision, round_frozen_weights
 from blip_lite.files import replacing
 from blip_lite.images import SUFFIXES, count_files, find_images, list_images, load_images, open_image
+from blip_lite.signals import end_workers
 from pocket import world
 from pocket.specs import EDIT_KINDS
 from train import load_query_model, read_checkpoint
@@ -142,7 +143,7 @@ class Setting:
                 if method == "target caption":
                     words = [f"{prompt} {captions[query.targets[0]]}" for query in queries]
                 else:
-                    words = [f"{prompt} {captions[q.reference]} that {w}" for q, w in zip(queries, words, strict=True)]
+                    words = [f"{prompt} {captions[q.reference]} {isa.continuation(w)}" for q, w in zip(queries, words, strict=True)]
                 return baselines.text_only(blip, None, words)
         else:
 
@@ -172,7 +173,7 @@ def require_images(benchmark):
     missing = benchmarks.missing_images(benchmark)
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(benchmark.paths)} images of {benchmark.name} are missing, the first is "
+            f"{len(missing)} of {len(benchmark.paths)} images of {benchmark.name} are missing or empty, the first is "
             f"{benchmark.paths[missing[0]]}; `python evaluate.py check` shows the expected tree"
         )
 
@@ -524,3 +525,5 @@ if __name__ == "__main__":
         sys.exit(f"evaluate.py: {error}")
     except KeyboardInterrupt:
         sys.exit("evaluate.py: interrupted")
+    finally:
+        end_workers()

@@ -18,6 +18,8 @@ Where the paper is silent or ambiguous, and what is done here:
   Eq. 7       negatives are not specified: BLIP's own scheme (Li et al. 2022), one hard image and one hard sentence a sample.
 """
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -109,8 +111,8 @@ def compose_query(blip, U, modifiers=None, prompt="a photo of"):
     """U [B, L, d_w] -> words [B, T, d_w] and mask [B, T] (int64, 1 = a token), ready for blip.encode_text and blip.match.
 
     Without modifiers the sentence is "[CLS] prompt u1 .. uL [SEP]" (training), with B strings it is
-    "[CLS] prompt u1 .. uL that modifier [SEP]" (section 3.3); a blank modifier adds nothing. U takes the place of word-embedding
-    rows, so position embedding and LayerNorm still apply to it.
+    "[CLS] prompt u1 .. uL that modifier [SEP]" (section 3.3, see `continuation`). U takes the place of word-embedding rows, so
+    position embedding and LayerNorm still apply to it.
     """
     modifiers = [""] * len(U) if modifiers is None else modifiers
     if isinstance(modifiers, str):
@@ -118,13 +120,20 @@ def compose_query(blip, U, modifiers=None, prompt="a photo of"):
     if len(modifiers) != len(U):
         raise ValueError(f"{len(U)} images but {len(modifiers)} modifiers; give one modifier for each image")
     head, _ = blip.tokenize([prompt])  # [1, P+2]
-    tail, tail_mask = blip.tokenize([f"that {m}" if m.strip() else "" for m in modifiers])  # [B, M+2]
+    tail, tail_mask = blip.tokenize([continuation(m) for m in modifiers])  # [B, M+2]
     head, tail, tail_mask = head[:, :-1].expand(len(U), -1), tail[:, 1:], tail_mask[:, 1:]  # drop [SEP] and [CLS] inside
     rows = blip.embed_words(torch.cat([head, tail], dim=1))  # [B, P+1 + M+1, d_w]
     before, after = rows[:, : head.shape[1]], rows[:, head.shape[1] :]
     words = torch.cat([before, U.to(rows.dtype), after], dim=1)  # [B, T, d_w]
     seen = tail_mask.new_ones(len(U), head.shape[1] + U.shape[1])
     return words, torch.cat([seen, tail_mask], dim=1)
+
+
+def continuation(modifier):
+    """What a modifier adds to the sentence: "that modifier", nothing if it is blank; where it begins with "that" itself, as a few
+    of CIRR's and FashionIQ's do, the word is not repeated."""
+    modifier = re.sub(r"^\s*that\b", "", modifier, flags=re.IGNORECASE).strip()
+    return f"that {modifier}" if modifier else ""
 
 
 def global_contrastive_distillation(v, t, temperature):

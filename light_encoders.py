@@ -46,8 +46,10 @@ def build(name, pretrained=None, blip=None, image_size=None):
     """
     if name not in NAMES:
         raise ValueError(f'there is no light encoder "{name}"; choose from {", ".join(NAMES)}')
-    if image_size is not None and (not isinstance(image_size, int) or not 32 <= image_size <= MOST_PIXELS):
-        raise ValueError(f"image_size {image_size} is not possible; give a whole number of pixels, 32 or more, up to {MOST_PIXELS}")
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 32):
+        raise ValueError(f"image_size {image_size} is not possible; give a whole number of pixels, 32 or more")
+    if image_size is not None and image_size > MOST_PIXELS:
+        raise ValueError(f"image_size {image_size} would take more memory than there is; give at most {MOST_PIXELS}")
     if name in BLIPS:
         if blip is None or pretrained is not None:
             raise ValueError(f'the encoder "{name}" is that of a loaded BLIP: give blip=, and no pretrained=')

@@ -46,7 +46,7 @@ from blip_lite.features import (
 )
 from blip_lite.files import cut_log, explained, replacing
 from blip_lite.images import find_images
-from blip_lite.signals import exit_interrupted, ignore_signals, interrupt_on_signals, note_signals
+from blip_lite.signals import end_workers, exit_interrupted, ignore_signals, interrupt_on_signals, note_signals
 from pocket import world
 
 PRESETS = {
@@ -121,6 +121,8 @@ def parse_args(argv=None):
         p.error(f"--lr has to be positive and --crop in (0, 1], not {args.lr} and {args.crop}")
     if args.mapper == "mlp" and args.tokens != 1:
         p.error(f"--mapper mlp makes one word: give --tokens 1, not {args.tokens}")
+    if args.seed >= 2**32:
+        p.error(f"--seed has to be below {2**32}, not {args.seed}")
     if args.randaugment > 30:
         p.error(f"--randaugment has to be at most 30, not {args.randaugment}")
     for name in ("blip", "images"):
@@ -154,6 +156,8 @@ def read_checkpoint(path):
         raise ValueError(f"{path}: there is no such file; `python train.py` writes it") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: is a folder; name the isa.pt in it") from None
+    except PermissionError:
+        raise ValueError(f"{path}: may not be read; change its permissions, or name another checkpoint") from None
     except Exception:  # torch.load reports damaged files in many ways
         what = "is damaged or was not written by train.py"
         raise ValueError(f"{path}: {what}; train again or name another checkpoint (BLIP's weights go to --blip)") from None
@@ -271,11 +275,11 @@ def batches(n, bad, batch, seed, first_step, steps, buffer, rank=0, processes=1)
     bad = np.asarray(bad) - np.arange(len(bad))
     for epoch in range(first_step // per_epoch, steps // per_epoch):
         start = first_step % per_epoch if epoch == first_step // per_epoch else 0
-        left, waiting = per_epoch - start, np.empty(0, np.int64)
+        waiting = np.empty(0, np.int64)
         for rows in epoch_order(n, seed, epoch, buffer, start * batch):
             waiting = np.append(waiting, rows)
-            while left and len(waiting) >= batch:
-                mine, waiting, left = waiting[rank * share : (rank + 1) * share], waiting[batch:], left - 1
+            while len(waiting) >= batch:
+                mine, waiting = waiting[rank * share : (rank + 1) * share], waiting[batch:]
                 mine = mine + np.searchsorted(bad, mine, side="right")  # the m-th row that is not bad
                 yield [(epoch, row) for row in mine.tolist()]
 
@@ -306,7 +310,7 @@ def resume(run, settings, fingerprint, images, query_model, optimizer):
     checkpoint = read_checkpoint(run / "last.pt")
     if not {"optimizer", "images", "step"} <= checkpoint.keys() or (settings.keys() - MAY_CHANGE) - checkpoint["settings"].keys():
         raise ValueError(f"{run}/last.pt: {OTHER_VERSION}")
-    for name in settings.keys() - MAY_CHANGE:
+    for name in sorted(settings.keys() - MAY_CHANGE):  # of several the same one each time
         if checkpoint["settings"].get(name) != settings[name]:
             raise ValueError(
                 f"{run}/last.pt was trained with --{name.replace('_', '-')} {checkpoint['settings'].get(name)}, not "
@@ -515,11 +519,20 @@ def join_processes(args):
     """Under torchrun: one GPU for each process, or the CPU; they talk by nccl or gloo."""
     if "WORLD_SIZE" in os.environ:
         if args.device == "cuda":
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise ValueError(f"there are more processes than GPUs here ({torch.cuda.device_count()}); lower --nproc_per_node")
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
         # DDP may warn that a 1 x 1 convolution has another layout, which for 1 x 1 is no difference
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=timedelta(hours=12))  # caching may take long
+        try:
+            backend = "nccl" if "cuda" in args.device else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=12))  # caching may take long
+        except (RuntimeError, ValueError) as error:  # the port is taken, or the first process is not there
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = str(error).splitlines()[0]
+            remedy = "`torchrun --standalone` finds a free port"
+            raise ValueError(f"the processes cannot meet at {where} ({reason}); {remedy}") from None
 
 
 if __name__ == "__main__":
@@ -537,6 +550,16 @@ if __name__ == "__main__":
         last = Path("runs") / arguments.name / "last.pt"
         what = f"--resume goes on from {last}" if last.exists() else "no checkpoint was written; stored features are kept"
         exit_interrupted(interrupt, f"train.py: interrupted; {what}")
+    except RuntimeError as error:
+        known = {
+            "DataLoader worker": "a worker was killed, perhaps for want of memory; go on with --resume and fewer --workers",
+            "by peer": "another of the processes has ended; it said why",  # under torchrun
+        }
+        said = next((sentence for sign, sentence in known.items() if sign in str(error)), None)
+        if said is None:
+            raise
+        sys.exit(f"train.py: {said}")
     finally:
+        end_workers()
         if dist.is_initialized():
             dist.destroy_process_group()

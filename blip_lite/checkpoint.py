@@ -89,7 +89,7 @@ def load(source, vocab=None, image_size=None, device="cpu"):
         _check_keys(state, blip.state_dict())
     except ValueError as error:
         raise ValueError(f"{files[0]}: {error}") from None
-    check_finite(state, files[0], "download it again, or save it before training breaks down")
+    check_finite(state, files[0], "download or train it again")
     blip.tokenizer = _find_vocabulary(vocab, folder, files[0], sizes["vocab_size"])
 
     for name in state:  # one at a time, so that at no time two copies of the model are in memory

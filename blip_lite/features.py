@@ -38,7 +38,10 @@ class Features:
         self.folder = Path(folder)
         self.v = Rows(self.folder / "v.npy")  # [M, E]
         self.F_v = Rows(self.folder / "F_v.npy") if (self.folder / "F_v.npy").exists() else None  # [M, 1+N, D]
-        self.bad = {int(i): why for i, why in json.loads((self.folder / "done.json").read_text())["bad"].items()}
+        try:
+            self.bad = {int(i): why for i, why in json.loads((self.folder / "done.json").read_text())["bad"].items()}
+        except (ValueError, KeyError, AttributeError):
+            raise ValueError(f"{self.folder}/done.json: is damaged; delete its folder, it is then computed again") from None
 
 
 def pick_precision(device):
@@ -172,9 +175,13 @@ def _begin(draft, folder, shapes, count, size, what):
     print(f"storing {'the rest of ' * begun}{what}: {size / 1e9:.2f} GB in {folder}", flush=True)
     if not begun:
         clear(draft)
-        with explained(draft):
-            for name, (kind, shape) in shapes.items():
-                np.lib.format.open_memmap(draft / f"{name}.npy", "w+", kind, (count, *shape))  # zeros that take no room yet
+        try:
+            with explained(draft):
+                for name, (kind, shape) in shapes.items():
+                    np.lib.format.open_memmap(draft / f"{name}.npy", "w+", kind, (count, *shape))  # zeros that take no room yet
+        except BaseException:
+            clear(draft)
+            raise
 
 
 def _encode(blip, images, files, share, skip_bad, precision, batch_size, workers, what):

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .checks import check_folder
-from .files import clear, complete, locked
+from .files import clear, complete, explained, locked
 from .signals import ignore_signals
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of oddities in files that it reads all the same, two lines for each
@@ -41,7 +41,7 @@ def open_image(name, file=None):
     except FileNotFoundError:
         raise ValueError(f"{name}: there is no such image; check the data set with `python evaluate.py check`") from None
     except Exception as error:  # PIL's decoders raise nearly anything on damaged data
-        empty = file.getbuffer().nbytes == 0 if file else Path(name).stat().st_size == 0
+        empty = file.getbuffer().nbytes == 0 if file else os.path.isfile(name) and os.path.getsize(name) == 0
         reason = "is empty" if empty else f"cannot be read as an image ({' '.join(str(error).split())})"
         raise ValueError(f"{name}: {reason}; replace or remove the file") from None
 
@@ -50,7 +50,10 @@ class Rows:
     """Rows of an .npy file [N, ...], read and written one by one: of a mapped file, all that was seen would stay in memory."""
 
     def __init__(self, path):
-        header = np.load(path, mmap_mode="r")
+        try:
+            header = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError):  # numpy reports damaged files in many ways
+            raise ValueError(f"{path}: is damaged; delete its folder, it is then computed again") from None
         self.path, self.shape, self.dtype, self.offset = Path(path), header.shape, header.dtype, header.offset
 
     def __len__(self):
@@ -147,7 +150,8 @@ def find_images(folder, cache):
             try:
                 clear(draft)  # of what a killed process left
                 if not kept.is_dir():  # another process may have made it while this one waited
-                    _write_list(folder, shards, draft)
+                    with explained(draft):
+                        _write_list(folder, shards, draft)
                     complete(draft, kept)
             except BaseException:
                 clear(draft)

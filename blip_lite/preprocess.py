@@ -37,8 +37,11 @@ def to_rgb(pil):
         pil = pil.transpose(turn)
     if pil.mode == "RGB":
         return pil
-    if pil.mode == "La" or (pil.mode == "P" and "transparency" in pil.info):  # PIL wants these to go through alpha
-        pil = pil.convert("LA" if pil.mode == "La" else "RGBA")
+    if "transparency" in pil.info:  # of which PIL warns; through alpha it fails where a damaged file names no colour
+        pil = pil.copy()
+        del pil.info["transparency"]
+    if pil.mode == "La":  # PIL wants it to go through alpha
+        pil = pil.convert("LA")
     return pil.convert("RGB")
 
 

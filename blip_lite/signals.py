@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM end all commands alike: one line, nothing half-written, and the exit status that shells expect, 130 or 143."""
 
+import multiprocessing
 import signal
 import sys
 
@@ -34,13 +35,24 @@ def note_signals(at_once=True):
 
 
 def ignore_signals(*_):
-    """In a worker process: Ctrl-C and often SIGTERM go to all processes of a run, but it is the first that decides what ends."""
+    """In a worker process: Ctrl-C and often SIGTERM go to all processes of a run, but it is the first that decides what ends.
+
+    A script that has such workers has to call `end_workers`.
+    """
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_workers():
+    """When a script ends: Python would send SIGTERM to the workers that are left, which they ignore, and wait for them for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would complain of killed workers
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def exit_interrupted(interrupt, message):
-    """Print the message and exit with 128 + the signal's number, given the KeyboardInterrupt or the number."""
-    number = interrupt if isinstance(interrupt, int) else (interrupt.args or (signal.SIGINT,))[0]
+    """Print the message and exit with 128 + the number of the signal that the KeyboardInterrupt holds."""
+    number = (interrupt.args or (signal.SIGINT,))[0]
     print(message, file=sys.stderr)
     sys.exit(128 + number)

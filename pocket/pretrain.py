@@ -192,17 +192,20 @@ def fine_batch(rng, size, tokenizer, mix=LATE_MIX):
     return to_pixels(specs), ids, mask, torch.from_numpy(language.holds(facts, specs)), wrong
 
 
-def read_state(path, settings):
-    """OUT.state -> dict. Raises ValueError where it is damaged or of other settings."""
+def load_state(path, settings, blip, optimizer):
+    """OUT.state into the model and the optimizer -> the next step. Raises ValueError where it is damaged or of other settings."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = {**state["settings"]}
+        other = [name for name, value in settings.items() if state["settings"][name] != value]
+        if not other:
+            blip.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return state["step"]
     except Exception:  # torch.load reports damaged files in many ways
         raise ValueError(f"{path}: is damaged or of another version of this program; delete it to start anew") from None
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise ValueError(f"{path}: is of --{name} {found.get(name)}, not {value}; give that, or delete it to start anew")
-    return state
+    name = other[0]
+    was = state["settings"][name]
+    raise ValueError(f"{path}: is of --{name} {was}, not {settings[name]}; give --{name} {was}, or delete the file to start anew")
 
 
 def main():
@@ -243,10 +246,7 @@ def main():
     state_file, log_file = Path(f"{args.out}.state"), Path(f"{args.out}.log")
     start, settings = 0, {name: getattr(args, name) for name in ("steps", "batch", "lr", "seed")}
     if state_file.exists():
-        state = read_state(state_file, settings)
-        blip.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+        start = load_state(state_file, settings, blip, optimizer)
     cut_log(log_file, start)
     print(f"{sum(p.numel() for p in blip.parameters()) / 1e6:.2f} M parameters, steps {start}..{args.steps}")
     began, stop = time.time(), note_signals()

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from blip_lite.checks import check_folder, check_options
+from blip_lite.files import explained
 
 from .drawing import draw
 from .specs import (
@@ -193,12 +194,24 @@ def write(out, seed=0, scale=1.0, workers=2):
     scale below 1 makes a smaller world for tests. The folder appears only when it is complete; an older world there is replaced.
     Raises ValueError for a folder that holds anything else.
     """
-    out, size = Path(out), lambda n: max(4, round(n * scale))
+    out = Path(out)
     check_folder(out.parent)
     if out.is_file() or (out.exists() and not (out / "world.json").exists() and any(out.iterdir())):
         raise ValueError(f"{out}: holds other things than a pocket world, which would be lost; move it, or give another --out")
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
+    try:
+        with explained(out):
+            _write(draft, seed, scale, workers)
+        shutil.rmtree(out, ignore_errors=True)
+        draft.rename(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write(draft, seed, scale, workers):
+    """All of `write` but the folder's name."""
+    size = lambda n: max(4, round(n * scale))  # noqa: E731
     captions = {"cirr": {}, "fashioniq": {}, "circo": {}}
     with ProcessPoolExecutor(workers) as pool:
         drawing = []
@@ -240,8 +253,6 @@ def write(out, seed=0, scale=1.0, workers=2):
         for part in drawing:
             part.result()
     _write_json(draft / "world.json", {"seed": seed, "scale": scale, "images": count})
-    shutil.rmtree(out, ignore_errors=True)
-    draft.rename(out)
 
 
 def ensure(out="data/pocket"):
@@ -253,7 +264,7 @@ def ensure(out="data/pocket"):
     try:
         seed, scale = (json.loads(marker.read_text())[key] for key in ("seed", "scale"))
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{marker} is damaged; remove the folder {out}, it is then drawn again") from None
+        raise ValueError(f"{marker} is damaged; delete the folder {out}, it is then drawn again") from None
     if (seed, scale) != (0, 1.0):
         print(f"{out} holds the pocket world of seed {seed}, scale {scale}; remove it to have the usual one (0, 1.0) drawn")
 

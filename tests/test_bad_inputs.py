@@ -1,11 +1,12 @@
 """What students do wrong, through the real command lines: every wrong input costs a minute and one clear sentence.
 
-CASES is one table. Each case runs in this process (as `runpy` does it, which spares the import of torch), and as a process of its
-own: a dozen by default, all of them with `-m slow`. Whatever goes wrong, the exit status is 1 (2 for the command line itself), one
-line on stderr names the file or the value and what to do, no output file is there and nothing that was there has changed.
+CASES is one table. A case runs in this process (as `runpy` does it, which spares the import of torch), and as a process of its
+own: by default each third one and a dozen, with `-m "slow or not slow"` all of them twice. Whatever goes wrong, the exit status
+is 1 (2 for the command line itself), one line on stderr names the file or the value and what to do, no output file is there and
+nothing that was there has changed.
 """
 
-import io
+import ctypes
 import json
 import os
 import pickle
@@ -29,6 +30,8 @@ from conftest import DATA, ROOT, Finished
 from PIL import Image
 
 import blip_lite
+import isa
+from blip_lite.features import Features
 from blip_lite.images import find_images
 
 MESSAGE = 700  # letters; a sentence that is longer is not read
@@ -185,6 +188,16 @@ def tar(name, packed="", share=1.0):
     return prepare
 
 
+def stored(file):
+    """The trained run's features as the cache x/, with file(folder) cut off after 20 bytes."""
+    def prepare(here):
+        shutil.copytree(here.places["cache"], here.cwd / "x")
+        for folder in (here.cwd / "x").glob("features-*"):
+            file(folder).write_bytes(file(folder).read_bytes()[:20])
+
+    return prepare
+
+
 def predictions(change, file="p.json"):
     """A sound prediction file for CIRR val after change(document)."""
     def prepare(here):
@@ -244,7 +257,7 @@ CASES = [
          prepare=truncated(ROOT / "pocket" / "blip.pth", "x.pth")),
     case("blip empty", f"{TRAIN} --blip x.pth", "x.pth is empty", "download it again", prepare=content("x.pth", "")),
     case("blip is a web page", f"{TABLE} {{world}}/cirr --blip x.pth", "x.pth is a web page, not weights", "download it again",
-         prepare=content("x.pth", HTML), real=True),
+         prepare=content("x.pth", HTML)),
     case("blip is isa.pt", f"{TABLE} {{world}}/cirr --blip {{isa}}", "isa.pt", "train.py", "--checkpoint"),
     case("blip and checkpoint swapped", "evaluate.py table --benchmark cirr --data {world}/cirr --blip {isa} --checkpoint "
          "{blip}", "blip.pth", "--blip"),
@@ -284,7 +297,7 @@ CASES = [
 
     # ---- checkpoints of train.py
     case("checkpoint executes code", f"{TABLE} {{world}}/cirr --checkpoint x.pt", "x.pt", "damaged or was not written by train.py",
-         prepare=evil("x.pt"), real=True),
+         prepare=evil("x.pt")),
     case("last.pt executes code", FROM_LAST, "runs/old/last.pt", "was not written by train.py", prepare=evil("runs/old/last.pt"),
          real=True),
     case("pretrained executes code", f"{TRAIN} --pretrained x.pth", "x.pth", "refused", "torch.save", prepare=evil("x.pth")),
@@ -308,19 +321,22 @@ CASES = [
     case("checkpoint for another BLIP", f"{TABLE} {{world}}/cirr --blip blip.pth", "was trained against BLIP", "same --blip",
          prepare=blip_weights(lambda state: state["itm_head.bias"].add_(1))),
     case("checkpoint for another image size", f"{TABLE} {{world}}/cirr --image-size 96", "@64", "@96", "--image-size"),
-    case("checkpoint without a key", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt: was written by another version", "train again",
+    case("checkpoint without a key", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt: was written by another",
+         "train again",
          prepare=checkpoint(lambda c: c["query_model"].pop("mapper.W_p.bias"))),
-    case("checkpoint of another shape", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt: was written by another version", "train again",
+    case("checkpoint of another shape", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt: was written by another",
+         "train again",
          prepare=checkpoint(lambda c: c["query_model"].update({"mapper.W_p.bias": torch.zeros(3)}))),
     case("checkpoint without settings", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt", "train again",
          prepare=checkpoint(lambda c: c["settings"].pop("encoder"))),
-    case("checkpoint with an unknown encoder", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt: was written by another version", "train again",
+    case("checkpoint with an unknown encoder", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt: was written by another",
+         "train again",
          prepare=checkpoint(lambda c: c["settings"].update(encoder="resnet"))),
     case("checkpoint with NaN", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt", "NaN", "mapper.W_p.bias", "train again",
          prepare=checkpoint(lambda c: c["query_model"]["mapper.W_p.bias"].fill_(torch.nan))),
     case("resume from NaN", FROM_LAST, "last.pt", "NaN", "train again",
          prepare=checkpoint(lambda c: c["query_model"]["mapper.W_p.bias"].fill_(torch.nan), "runs/old/last.pt", "last")),
-    case("resume with other settings", f"{FROM_LAST} --tokens 3", "runs/old/last.pt", "--tokens 6, not 3",
+    case("resume with other settings", f"{FROM_LAST} --batch 40 --tokens 3", "runs/old/last.pt", "--tokens 6, not 3",
          prepare=checkpoint(lambda c: None, "runs/old/last.pt", "last")),
     case("resume from a cut-off file", FROM_LAST, "runs/old/last.pt: is damaged",
          prepare=truncated("{last}", "runs/old/last.pt")),
@@ -330,13 +346,13 @@ CASES = [
          prepare=checkpoint(lambda c: None, "runs/old/last.pt", "last")),
 
     # ---- training images
-    case("no folder of images", f"{TRAIN} --images nowhere", "nowhere: there is no such folder", "--images", real=True),
+    case("no folder of images", f"{TRAIN} --images nowhere", "nowhere: there is no such folder", "--images"),
     case("a file for a folder", f"{TRAIN} --images {{isa}}", "isa.pt: is a file", "folder"),
     case("no images in the folder", f"{TRAIN} --images texts", "texts: holds 0 images", "--images",
          prepare=lambda here: [content(f"texts/{i}.txt", "text")(here) for i in range(3)]),
     case("one image", f"{TRAIN} --images photos", "photos: holds 1 images", "two", prepare=photos(good=1)),
     case("texts called .jpg", f"{TRAIN} --images photos", "3 of 3 images in photos are damaged", "--skip-bad-images",
-         prepare=photos(*((f"{i}.jpg", b"text") for i in range(3)), good=0), real=True),
+         prepare=photos(*((f"{i}.jpg", b"text") for i in range(3)), good=0)),
     case("texts called .jpg, skipped", f"{TRAIN} --images photos --skip-bad-images", "photos: holds 0 readable images",
          prepare=photos(*((f"{i}.jpg", b"text") for i in range(3)), good=0)),
     case("damaged images", f"{TRAIN} --images photos", "2 of 14 images in photos are damaged", "--skip-bad-images",
@@ -346,7 +362,8 @@ CASES = [
     case("a hundred damaged images in a row, in a worker", f"{TRAIN} --images photos --cache none --workers 1",
          "damaged images follow each other", prepare=photos(*((f"a{i:03d}.png", b"text") for i in range(120))), real=True,
          leaves=LOG),
-    case("a shard is a .tar.gz", f"{TRAIN} --images shards", "shards/0.tar: is not a whole, uncompressed tar file", "fetch it again",
+    case("a shard is a .tar.gz", f"{TRAIN} --images shards", "shards/0.tar: is not a whole, uncompressed tar file",
+         "fetch it again",
          prepare=tar("shards/0.tar", "gz")),
     case("a shard is cut off", f"{TRAIN} --images shards", "shards/0.tar: is not a whole", prepare=tar("shards/0.tar", share=0.3)),
     case("a shard is empty", f"{TRAIN} --images shards", "shards/0.tar: is not a whole", prepare=content("shards/0.tar", "")),
@@ -368,6 +385,8 @@ CASES = [
     case("a batch of one", f"{TRAIN} --batch 1", "--batch has to be at least 2, not 1", status=2),
     case("an encoder that is none", f"{TRAIN} --encoder resnet50", "resnet50", "pocketnet", status=2),
     case("query size too small", f"{TRAIN} --query-size 8", "image_size 8", "32 or more"),
+    case("query size beyond all memory", f"{TRAIN} --query-size 100000", "image_size 100000", "at most 1024"),
+    case("image size beyond all memory", f"{TRAIN} --image-size 80000", "image size 80000", "at most 1024"),
     case("seed is a word", f"{TRAIN} --seed lucky", "--seed", "lucky", status=2),
     case("seed too large", f"{TRAIN} --seed 99999999999999999999", "--seed", "99999999999999999999", "at most", status=2),
     case("seed negative", f"{TRAIN} --seed -1", "--seed", "-1", status=2),
@@ -380,6 +399,10 @@ CASES = [
     case("paper without its BLIP", "train.py --preset paper", "--preset paper needs --blip", status=2),
     case("prompt too long", f"{TRAIN} --prompt '{'a ' * 80}'", "--prompt", "64 positions", "shorten"),
     case("runs is a file", TRAIN, "runs", "is a file", "move", prepare=content("runs", "text")),
+    case("stored features cut off", f"{TRAIN} --images {{trained_images}} --cache-dir x", "x/features-", "v.npy: is damaged",
+         "delete", prepare=stored(lambda path: path / "v.npy")),
+    case("stored features without their note", f"{TRAIN} --images {{trained_images}} --cache-dir x", "done.json: is damaged",
+         "delete", prepare=stored(lambda path: path / "done.json")),
     case("cache folder is a file", f"{TRAIN} --cache-dir x", "x", "is a file", prepare=content("x", "text")),
     case("sentences missing", f"{TRAIN} --loss gcd+llm --sentences none.json", "none.json: cannot be read", "give the path"),
     case("sentences malformed", f"{TRAIN} --loss gcd+llm --sentences s.json", "s.json: is not JSON", "write {concept",
@@ -392,20 +415,24 @@ CASES = [
          prepare=replaced("cirr", CIRR_TEST, None)),
     case("CIRR captions empty", f"{TABLE} cirr", "cap.rc2.test1.json is not usable JSON", "download it again",
          prepare=replaced("cirr", CIRR_TEST, "")),
-    case("CIRR captions malformed", f"{TABLE} cirr", "cap.rc2.test1.json is not usable JSON", prepare=replaced("cirr", CIRR_TEST, '[{"pairid": 1,')),
+    case("CIRR captions malformed", f"{TABLE} cirr", "cap.rc2.test1.json is not usable JSON",
+         prepare=replaced("cirr", CIRR_TEST, '[{"pairid": 1,')),
     case("CIRR captions of another schema", f"{TABLE} cirr", "cap.rc2.test1.json", "'reference' is missing", "download",
          prepare=benchmark("cirr", entry(reference=None), CIRR_TEST)),
     case("CIRR captions a dict", f"{TABLE} cirr", "cap.rc2.test1.json: expected list", prepare=replaced("cirr", CIRR_TEST, "{}")),
     case("CIRR without queries", f"{TABLE} cirr", "cap.rc2.test1.json is empty", prepare=replaced("cirr", CIRR_TEST, "[]")),
-    case("CIRR id is a word", f"{TABLE} cirr", "entry 0, 'pairid'", "expected int", prepare=benchmark("cirr", entry(pairid="one"), CIRR_TEST)),
+    case("CIRR id is a word", f"{TABLE} cirr", "entry 0, 'pairid'", "expected int",
+         prepare=benchmark("cirr", entry(pairid="one"), CIRR_TEST)),
     case("CIRR reference unknown", f"{TABLE} cirr", "entry 2", "'dev-9' is not in the list",
          prepare=benchmark("cirr", entry(2, reference="dev-9"), CIRR_TEST)),
     case("FashionIQ captions missing", FASHION, "cap.dress.test.json is missing", prepare=replaced("fashioniq", DRESS, None)),
     case("FashionIQ captions empty", FASHION, "cap.dress.test.json is not usable JSON", prepare=replaced("fashioniq", DRESS, "")),
-    case("FashionIQ captions not UTF-8", FASHION, "cap.dress.test.json is not usable JSON", prepare=replaced("fashioniq", DRESS, b'["\xff"]')),
+    case("FashionIQ captions not UTF-8", FASHION, "cap.dress.test.json is not usable JSON",
+         prepare=replaced("fashioniq", DRESS, b'["\xff"]')),
     case("FashionIQ captions of another schema", FASHION, "entry 0, 'captions'", "expected list",
          prepare=benchmark("fashioniq", entry(captions="is red"), DRESS)),
-    case("FashionIQ split a dict", FASHION, "split.dress.test.json: expected list", prepare=replaced("fashioniq", DRESS_SPLIT, "{}")),
+    case("FashionIQ split a dict", FASHION, "split.dress.test.json: expected list",
+         prepare=replaced("fashioniq", DRESS_SPLIT, "{}")),
     case("CIRCO annotations missing", CIRCO, "annotations/test.json is missing", prepare=replaced("circo", CIRCO_TEST, None)),
     case("CIRCO annotations empty", CIRCO, "annotations/test.json is not usable JSON", prepare=replaced("circo", CIRCO_TEST, "")),
     case("CIRCO annotations of another schema", CIRCO, "entry 1", "'relative_caption' is missing",
@@ -413,7 +440,7 @@ CASES = [
     case("CIRCO id is no id", CIRCO, "is not a COCO image id", "whole numbers",
          prepare=benchmark("circo", entry(gt_img_ids=["x.jpg"]), CIRCO_TEST)),
     case("CIRR name climbs", f"{TABLE} cirr", "'..' is not a plain file name", "official source",
-         prepare=benchmark("cirr", lambda paths: {name: f"../../{name}.png" for name in paths}, CIRR_SPLIT), real=True),
+         prepare=benchmark("cirr", lambda paths: {name: f"../../{name}.png" for name in paths}, CIRR_SPLIT)),
     case("CIRR name absolute", f"{TABLE} cirr", "'/' is not a plain file name",
          prepare=benchmark("cirr", lambda paths: {name: "/etc/passwd" for name in paths}, CIRR_SPLIT)),
     case("CIRR name with a NUL", f"{TABLE} cirr", "is not a plain file name",
@@ -424,27 +451,32 @@ CASES = [
          prepare=benchmark("fashioniq", entry(candidate="/etc/passwd"), DRESS)),
     case("CIRCO id climbs", CIRCO, "'reference_img_id'", "expected int, found '../1'",
          prepare=benchmark("circo", entry(reference_img_id="../1"), CIRCO_TEST)),
-    case("CIRCO truth climbs", CIRCO, "'../1' is not a COCO image id", prepare=benchmark("circo", entry(gt_img_ids=["../1"]), CIRCO_TEST)),
+    case("CIRCO truth climbs", CIRCO, "'../1' is not a COCO image id",
+         prepare=benchmark("circo", entry(gt_img_ids=["../1"]), CIRCO_TEST)),
     case("FashionIQ's folder for CIRR's", f"{TABLE} {{world}}/fashioniq", "fashioniq/image_splits/split.rc2.test1.json is missing",
          "split.dress.test.json"),
     case("CIRR has test1, not test", f"{SUBMIT} --split test --checkpoint {{isa}}", "split.rc2.test.json is missing",
          "split.rc2.test1.json"),
+    case("CIRCO has no train", "evaluate.py score --benchmark circo --data {world}/circo --split train p.json",
+         "annotations/train.json is missing (there is test.json, val.json)"),
     case("split climbs", f"{TABLE} {{world}}/cirr --split ../val", "'../val' is not a plain file name"),
     case("no folder of data", f"{TABLE} nowhere", "nowhere", "is missing", "evaluate.py check"),
     case("a modifier of 600 words", f"{TABLE} cirr", "query 10003", "64 positions", "shorten",
-         prepare=benchmark("cirr", entry(3, caption="red " * 600), CIRR_TEST), real=True),
+         prepare=benchmark("cirr", entry(3, caption="red " * 600), CIRR_TEST)),
     case("check finds nothing", "evaluate.py check --benchmark circo --data nowhere", "nowhere is not complete", "list above"),
-    case("check of a climbing split", "evaluate.py check --benchmark circo --data {world}/circo --splits ../val", "plain file name"),
+    case("check of a climbing split", "evaluate.py check --benchmark circo --data {world}/circo --splits ../val",
+         "plain file name"),
 
     # ---- gallery images
     *(case(f"gallery image {what}", f"{TABLE} cirr", "test1-1-0-img0.png", *says, prepare=replaced("cirr",
            "img_raw/test1/test1-1-0-img0.png", text)) for what, text, *says in (
-        ("missing", None, "1 of 48 images of cirr are missing", "evaluate.py check"), ("of zero bytes", "", "is empty", "replace"),
+        ("missing", None, "1 of 48 images of cirr are missing", "evaluate.py check"),
+        ("of zero bytes", "", "1 of 48 images of cirr are missing or empty", "evaluate.py check"),
         ("a text", "a text", "cannot be read as an image", "replace"),
         ("truncated", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0@", "cannot be read as an image", "replace"))),
     case("gallery image of 900 million pixels", f"{TABLE} cirr", "test1-1-0-img0.png", "limit of 178956970 pixels", "replace",
-         prepare=lambda here: (benchmark("cirr")(here), shutil.copy(here.huge, here.cwd / "cirr/img_raw/test1/test1-1-0-img0.png")),
-         real=True),
+         prepare=several(benchmark("cirr"),
+                         lambda here: shutil.copy(here.huge, here.cwd / "cirr/img_raw/test1/test1-1-0-img0.png"))),
 
     # ---- options of evaluate.py
     case("no sub-command", "evaluate.py", "command", status=2),
@@ -471,7 +503,7 @@ CASES = [
     case("predictions of another split", f"{SCORE} p.json", "not in this split (first: 77)",
          prepare=predictions(lambda d: d.update({"77": ["x"]}))),
     case("predictions repeat a name", f"{SCORE} p.json", "query 10000", "repeats a name",
-         prepare=predictions(lambda d: d["10000"].append(d["10000"][0])), real=True),
+         prepare=predictions(lambda d: d["10000"].append(d["10000"][0]))),
     case("predictions of an unknown image", f"{SCORE} p.json", "query 10000", "'cat.jpg' is not among the images",
          prepare=predictions(lambda d: d["10000"].append("cat.jpg"))),
     case("predictions are numbers", f"{SCORE} p.json", "query 10000", "expected str",
@@ -484,7 +516,8 @@ CASES = [
          prepare=content("p.json", "{}")),
 
     # ---- baselines.py
-    case("searle without images", f"{SEARLE} --sentences {{sentences}} --images nowhere", "nowhere: there is no such folder", "--images"),
+    case("searle without images", f"{SEARLE} --sentences {{sentences}} --images nowhere", "nowhere: there is no such folder",
+         "--images"),
     case("searle without sentences", f"{SEARLE} --sentences none.json", "none.json: cannot be read"),
     case("searle's BLIP executes code", f"{SEARLE} --sentences {{sentences}} --blip x.pth", "run code", prepare=evil("x.pth")),
     case("searle of one image", f"{SEARLE} --count 1", "--count", status=2),
@@ -507,8 +540,8 @@ CASES = [
     case("world's option shortened", f"{WORLD} --out w --scal 0.02", "--scal", status=2),
 
     # ---- pocket.pretrain
-    case("pretrain below a file", f"{PRETRAIN} --out x/blip.pth", "x: is a file", "name another place", prepare=content("x", "text"),
-         real=True),
+    case("pretrain below a file", f"{PRETRAIN} --out x/blip.pth", "x: is a file", "name another place",
+         prepare=content("x", "text")),
     case("pretrain onto a folder", f"{PRETRAIN} --out out", "out", "is a folder", prepare=content("out", None)),
     case("pretrain no steps", f"{PRETRAIN} --out b.pth --steps 0", "--steps", "0", status=2),
     case("pretrain a batch of one", f"{PRETRAIN} --out b.pth --batch 1", "--batch", "1", status=2),
@@ -531,6 +564,8 @@ CASES = [
     case("tables below a file", "tables.py 5 --seeds 0 --out x/t.md", "x: is a file", prepare=content("x", "text")),
     case("tables from a damaged training", "tables.py 5 --seeds 0", "runs/tables/isa-0/isa.pt: is damaged", "train again",
          prepare=content("runs/tables/isa-0/isa.pt", "text")),
+    case("tables from a damaged result", "tables.py 5 --seeds 0 --as-is", "runs/tables/isa-0/table.json: is damaged", "delete it",
+         prepare=content("runs/tables/isa-0/table.json", '{"results":')),
 ]  # fmt: skip
 
 
@@ -594,7 +629,9 @@ def check(case, done, before, cwd):
     assert sorted(after.keys() - before.keys()) == sorted(case.leaves)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if i % 3 else (), id=case.name)
+                                  for i, case in enumerate(CASES)])  # fmt: skip
 def test_bad_input(case, here, call_script):
     if case.prepare:
         case.prepare(here)
@@ -612,3 +649,292 @@ def test_bad_input_as_a_process(case, here):
 
 def test_names_of_cases_are_unique():
     assert len({case.name for case in CASES}) == len(CASES) >= 55
+
+
+# ------------------------------------------------------------------------------------ disks that are full, or not ours
+def limited(size):
+    """No file of this process may grow beyond `size` bytes: what a full disk looks like to whoever writes, on any machine."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+FULL = [
+    (case("checkpoint on a full disk", f"{TRAIN} --cache none", "runs/new/last.pt: cannot be written", "make room", leaves=LOG),
+     1_000_000),
+    (case("features on a full disk", f"{TRAIN} --cache-dir cache", "cache/features-", "cannot be written", "make room"), 50_000),
+    (case("list of images on a full disk", f"{TRAIN} --cache-dir cache", "cache/images-", "cannot be written", "make room"), 300),
+    (case("table on a full disk", f"{TABLE} {{world}}/cirr", "runs/table.json: cannot be written", "make room"), 4000),
+    (case("submission on a full disk", f"{SUBMIT} --split test1 --checkpoint {{isa}}", "out.json: cannot be written", "make room"),
+     4000),
+    (case("world on a full disk", f"{WORLD} --scale 0.02 --out w", "w: cannot be written", "make room"), 1500),
+    (case("pretraining on a full disk", f"{PRETRAIN} --out b.pth", "b.pth: cannot be written", "make room",
+          leaves=("b.pth.log",)), 1_000_000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case, size", [pytest.param(*pair, marks=pytest.mark.slow if i else (), id=pair[0].name)
+                                        for i, pair in enumerate(FULL)])  # fmt: skip
+def test_full_disk(case, size, here):
+    if case.command.startswith("evaluate.py"):  # the gallery's features are there already
+        spawn(here, f"{TABLE} {{world}}/cirr --json first.json --methods image")
+    before = files(here.cwd)
+    done = spawn(here, case.command, preexec_fn=limited(size))
+    check(case, done, before, here.cwd)
+    assert not list(here.cwd.rglob("*.tmp*"))
+
+
+def no_privileges():
+    """Root reads and writes everything: give that up (Linux: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH)."""
+    for capability in (1, 2):
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; another user has nothing to give up
+
+
+def forbidden(name, mode, make):
+    def prepare(here):
+        make(here)
+        (here.cwd / name).chmod(mode)
+
+    return prepare
+
+
+FORBIDDEN = [
+    case("a folder of images that may not be read", f"{TRAIN} --images photos", "photos: cannot be searched", "Permission denied",
+         prepare=forbidden("photos", 0, photos())),
+    case("runs may not be written to", TRAIN, "runs: cannot be written to", "permissions",
+         prepare=forbidden("runs", 0o555, content("runs", None))),
+    case("a cache that may not be written to", f"{TRAIN} --cache-dir x", "x: cannot be written to", "permissions",
+         prepare=forbidden("x", 0o555, content("x", None))),
+    case("a folder for tables that may not be written to", f"{TABLE} {{world}}/cirr --json x/t.json", "x: cannot be written to",
+         prepare=forbidden("x", 0o555, content("x", None))),
+    case("a checkpoint that may not be read", f"{TABLE} {{world}}/cirr --checkpoint isa.pt", "isa.pt: may not be read",
+         "permissions", prepare=forbidden("isa.pt", 0, checkpoint(lambda c: None))),
+    case("an image that may not be read", f"{TABLE} cirr", "test1-1-0-img0.png: cannot be read", "Permission denied",
+         prepare=forbidden("cirr/img_raw/test1/test1-1-0-img0.png", 0, benchmark("cirr"))),
+    case("annotations that may not be read", f"{TABLE} cirr", "cap.rc2.test1.json", "Permission denied",
+         prepare=forbidden(f"cirr/{CIRR_TEST}", 0, benchmark("cirr"))),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how root gives up its privileges is Linux's")
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if i else (), id=case.name)
+                                  for i, case in enumerate(FORBIDDEN)])  # fmt: skip
+def test_what_may_not_be_read_or_written(case, here):
+    case.prepare(here)
+    before = files(here.cwd)
+    done = spawn(here, case.command, preexec_fn=no_privileges)
+    for path in here.cwd.iterdir():
+        path.chmod(0o755)
+    check(case, done, before, here.cwd)
+
+
+@pytest.fixture
+def tmpfs(here):
+    """A file system of a megabyte as the current folder, which only root can make."""
+    folder = here.make("small/x").parent
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    here.cwd = folder
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_and_one_that_is_read_only(here, tmpfs):
+    full = case("", f"{TRAIN} --cache none --cache-dir ../cache", "runs/new/last.pt: cannot be written (No space left on device)",
+                leaves=LOG)
+    check(full, spawn(here, full.command), {}, here.cwd)
+    subprocess.run(["mount", "-o", "remount,ro", tmpfs], check=True)
+    readonly = case("", f"{TRAIN} --cache-dir ../cache", "cannot be written to", "name another place")
+    check(readonly, spawn(here, readonly.command), files(here.cwd), here.cwd)
+
+
+def test_a_huge_image_takes_no_memory(here):
+    """Opened, it would take 900 MB, and 2.7 GB as RGB."""
+    huge = next(case for case in CASES if case.name == "gallery image of 900 million pixels")
+    huge.prepare(here)
+    before, line = files(here.cwd), [sys.executable, str(ROOT / "evaluate.py"), *words(here, huge.command)[1:]]
+    with subprocess.Popen(line, cwd=here.cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+        err = child.stderr.read()
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    check(huge, Finished(child.returncode, "", err), before, here.cwd)
+    assert used.ru_maxrss < (1 << 20)  # KiB
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+def test_a_port_that_is_taken(here):
+    """As the first process of any launcher; torchrun itself asks for the port before it starts train.py."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        group = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = spawn(here, TRAIN, env=group)
+    wrong = case("", TRAIN, f"the processes cannot meet at 127.0.0.1:{port}", "EADDRINUSE", "torchrun --standalone")
+    done.err = "\n".join(line for line in done.err.splitlines() if not line.startswith("[W"))  # a warning of PyTorch's own
+    check(wrong, done, {}, here.cwd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options, says", [
+    ("--batch 7", "--batch 7 cannot be shared out among 2 processes; give a multiple of 2"),
+    ("--images nowhere", "nowhere: there is no such folder"), ("--images one", "one: holds 1 images"),
+    ("--blip x.pth", "x.pth is a pickle that wants to run code"),
+])  # fmt: skip
+def test_under_torchrun_the_sentence_stands_above_its_report(here, options, says):
+    """Its report, which names train.py's processes and exit status, cannot be turned off."""
+    evil("x.pth")(here)
+    photos(good=1, folder="one")(here)
+    run = f"-m torch.distributed.run --standalone --nproc_per_node 2 {shlex.quote(str(ROOT / 'train.py'))} "
+    done = spawn(here, run + TRAIN.removeprefix("train.py ") + " " + options)
+    ours = [line for line in done.err.splitlines() if line.startswith("train.py: ")]
+    assert done.status != 0 and any(says in line for line in ours) and len(ours) <= 2, done.err
+    before_report = done.err[: done.err.index("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")]
+    assert says in before_report and 'train.py", line' not in done.err and not (here.cwd / "executed").exists()
+    assert not (here.cwd / "runs").exists()
+
+
+# -------------------------------------------------------------------------------------------------- what has to work
+BLOCK = np.kron(np.random.default_rng(5).integers(0, 256, (3, 5, 3)), np.ones((16, 16, 1))).astype(np.uint8)  # [48, 80, 3]
+STORED = {  # EXIF orientation -> how a camera that is held so stores an upright image
+    1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1], 5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x), 7: lambda x: x.swapaxes(0, 1)[::-1, ::-1], 8: lambda x: np.rot90(x, -1),
+}  # fmt: skip
+
+
+def unusual_images(folder):
+    """Files that people have -> {name: the pixels [H, W, 3] that they show, worked out without PIL}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown, random = {}, np.random.default_rng(6)
+    palette = random.integers(0, 256, (8, 3))
+    frames = random.integers(0, 8, (3, 40, 56))
+    indexed = [Image.fromarray(frame.astype(np.uint8)) for frame in frames]
+    for image in indexed:
+        image.putpalette(palette.astype(np.uint8).tobytes())
+    indexed[0].save(folder / "animated.gif", save_all=True, append_images=indexed[1:], duration=50)
+    shown["animated.gif"] = palette[frames[0]]
+    indexed[1].save(folder / "palette.png", transparency=bytes([0, 128, 255, 0]))
+    shown["palette.png"] = palette[frames[1]]
+    ink = np.kron(random.integers(0, 256, (3, 4, 4)), np.ones((16, 16, 1)))
+    Image.fromarray(ink.astype(np.uint8), "CMYK").save(folder / "cmyk.jpg", quality=100, subsampling=0)
+    shown["cmyk.jpg"] = (255 - ink[..., :3]) * (255 - ink[..., 3:]) / 255
+    deep = random.integers(0, 65536, (30, 20)).astype(np.uint16)
+    Image.fromarray(deep).save(folder / "sixteen bits.png")
+    shown["sixteen bits.png"] = np.repeat(deep[..., None] // 256, 3, axis=2)
+    grey = random.integers(0, 256, (20, 30, 2)).astype(np.uint8)
+    Image.fromarray(grey, "LA").save(folder / "grey and alpha.png")
+    shown["grey and alpha.png"] = np.repeat(grey[..., :1], 3, axis=2)
+    Image.new("RGB", (1, 1), (9, 99, 199)).save(folder / "one pixel.png")
+    shown["one pixel.png"] = np.array([[[9, 99, 199]]])
+    for orientation, store in STORED.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        name = f"orientation {orientation}.jpg"
+        Image.fromarray(np.ascontiguousarray(store(BLOCK))).save(folder / name, quality=100, subsampling=0, exif=exif)
+        shown[name] = BLOCK
+    return shown
+
+
+def test_unusual_images_are_seen_as_they_are(here, pocket_blip, call_script):
+    """Pixel by pixel; and through train.py, whose stored features are those of the pixels worked out by hand."""
+    shown = unusual_images(here.cwd / "photos")
+    images = find_images(here.cwd / "photos", here.cwd / "list")
+    assert [Path(images.name(i)).name for i in range(len(images))] == sorted(shown)
+    for i, name in enumerate(sorted(shown)):
+        found = np.asarray(blip_lite.to_rgb(images.open(i)), float)
+        assert found.shape == shown[name].shape, name
+        assert np.abs(found - shown[name]).max() <= (5 if name.endswith(".jpg") else 1 if name == "cmyk.jpg" else 0), name
+    done = call_script(*words(here, f"{TRAIN} --images photos --loss gcd --cache global"))
+    assert (done.status, done.err) == (0, "")
+    v = torch.from_numpy(np.asarray(Features(next((here.cwd / "cache").glob("features-*"))).v, np.float32))
+    by_hand = [pocket_blip.preprocess(Image.fromarray(np.rint(shown[name]).astype(np.uint8))) for name in sorted(shown)]
+    assert (v * pocket_blip.encode_image(torch.stack(by_hand))[0]).sum(1).min() > 0.999
+
+
+@pytest.mark.slow
+def test_what_pil_reads_all_the_same_is_not_talked_of(here):
+    """A hundred million pixels, below PIL's limit but above half of it; a JPEG whose EXIF block is damaged."""
+    photos(("large.png", bomb(10_000)))(here)
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0" + bytes(range(40))
+    Image.fromarray(BLOCK).save(here.cwd / "photos" / "damaged exif.jpg", exif=exif)
+    done = spawn(here, f"{TRAIN} --images photos --cache none")
+    assert (done.status, done.err) == (0, "") and "14 images, steps 0..1" in done.out
+
+
+LANGUAGES = ["\N{CAT FACE}\N{ZERO WIDTH JOINER}\N{HEAVY BLACK HEART} at night", "\u05d1\u05dc\u05d9\u05dc\u05d4 \u202eRTL",
+             "a cafe\u0301 a\u0328\u0301", "", " ", "\u5728\u591c\u665a", "NUL \0 and \ud800", "[SEP] [MASK] [ENC]",
+             "red " * 40]  # fmt: skip
+
+
+def test_queries_in_any_writing_of_unusual_images(here, call_script):
+    """Emoji, right to left, combining characters, nothing at all; the gallery holds all of the files above: a table comes out."""
+    benchmark("cirr")(here)
+    unusual_images(here.cwd / "unusual")
+    gallery = sorted((here.cwd / "cirr/img_raw/test1").iterdir())
+    for path, source in zip(gallery, sorted((here.cwd / "unusual").iterdir()), strict=False):
+        shutil.copy(source, path)  # a .png that holds a GIF or a JPEG is not unusual either
+    path = here.cwd / "cirr" / CIRR_TEST
+    entries = json.loads(path.read_text())
+    for i, text in enumerate(LANGUAGES):
+        entries[i]["caption"] = text
+    path.write_text(json.dumps(entries), encoding="utf-8-sig")  # as Windows writes it
+    done = call_script(*words(here, f"{TABLE.replace('{cache}', 'cache')} cirr --methods text image+text isa"))
+    assert (done.status, done.err) == (0, "") and "\nisa " in done.out and "nan" not in done.out
+    assert (here.cwd / "runs/retrieved.png").exists()
+
+
+def test_fashioniq_with_empty_captions(here, call_script):
+    benchmark("fashioniq", entry(captions=[" . ", ""]), DRESS)(here)
+    done = call_script(*words(here, f"{FASHION} --methods text isa"))
+    assert (done.status, done.err) == (0, "") and "\nisa " in done.out
+
+
+def test_a_gallery_smaller_than_k(here, call_script):
+    """Eleven images besides the reference: all are ranked, and the target is among 50 of them. Paths have blanks and accents."""
+    root = here.cwd / "donn\u00e9es de No\u00ebl \N{CAT FACE}" / "cirr"
+    shutil.copytree(here.world / "cirr", root)
+    paths = json.loads((root / CIRR_SPLIT).read_text())
+    (root / CIRR_SPLIT).write_text(json.dumps(dict(list(paths.items())[:12])))
+    queries = [q for q in json.loads((root / CIRR_TEST).read_text()) if q["img_set"]["id"] < 2]
+    (root / CIRR_TEST).write_text(json.dumps(queries))
+    line = f"{TABLE} {shlex.quote(str(root))} --json '\u0442\u0430\u0431\u043b\u0438\u0446\u0430 1.json' --picture '' --methods isa"
+    done = call_script(*words(here, line))
+    assert (done.status, done.err) == (0, "")
+    found = json.loads((here.cwd / "\u0442\u0430\u0431\u043b\u0438\u0446\u0430 1.json").read_text())["results"]["cirr"]["isa"]
+    found = found["all"]
+    assert found["R@50"][0] == 100 and 0 <= found["R@1"][0] <= 100
+
+
+def test_last_pt_is_a_checkpoint_too(here, call_script):
+    done = call_script(*words(here, f"{TABLE} {{world}}/cirr --checkpoint {{last}} --methods isa"))
+    assert (done.status, done.err) == (0, "") and "\nisa " in done.out
+
+
+def test_resume_without_a_checkpoint_says_that_it_starts(here, call_script):
+    """It is no error: tables.py always says --resume."""
+    done = call_script(*words(here, f"{TRAIN} --resume"))
+    assert (done.status, done.err) == (0, "")
+    assert "runs/new/last.pt is not there: nothing to resume, training starts at step 0" in done.out
+
+
+def test_short_lists_are_scored_and_told(here, call_script):
+    predictions(lambda d: d.update({"10000": d["10000"][:2]}))(here)
+    done = call_script(*words(here, f"{SCORE} p.json"))
+    assert (done.status, done.err) == (0, "") and "1 of 32 lists hold fewer than 50 names" in done.out
+    predictions(lambda d: None)(here)
+    assert "fewer" not in call_script(*words(here, f"{SCORE} p.json")).out
+
+
+def test_a_gpu_that_is_too_small(here, call_script, monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(isa, "global_contrastive_distillation", full)
+    check(case("", TRAIN, "too little memory for --batch 8", "give a smaller one", leaves=LOG),
+          call_script(*words(here, TRAIN)), {}, here.cwd)  # fmt: skip
+
+
+@pytest.mark.skipif(not (DATA / "cirr").is_dir(), reason="needs the real annotations (ISA_SHARED)")
+def test_the_real_cirr_has_test1(here, call_script):
+    for command, split in ((f"{SUBMIT} --checkpoint {{isa}} --split test", "test"), (f"{SCORE} p.json --split tset", "tset")):
+        wrong = case("", command, f"split.rc2.{split}.json is missing (there is split.rc2.test1.json, split.rc2.val.json)")
+        predictions(lambda d: None)(here)
+        done = call_script(*words(here, command.replace("{world}", shlex.quote(str(DATA)))))
+        check(wrong, done, files(here.cwd), here.cwd)

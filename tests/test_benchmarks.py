@@ -346,6 +346,15 @@ def test_repeated_ids_names_and_keys(tmp_path):
         benchmarks.load("fashioniq", tmp_path / "f", category="dress")
 
 
+def test_circo_truths_in_any_order_but_only_once(tmp_path):
+    file = circo_tree(tmp_path) / "annotations" / "val.json"
+    edited(file, lambda content: content[0].update(gt_img_ids=[2, 5, 30]))
+    assert benchmarks.load("circo", tmp_path).queries[0].targets == ["30", "2", "5"]  # target_img_id first
+    edited(file, lambda content: content[0]["gt_img_ids"].append(5))
+    with refused(ValueError, "val.json, entry 0", "twice"):
+        benchmarks.load("circo", tmp_path)
+
+
 def test_malformed_circo_list(tmp_path):
     info = circo_tree(tmp_path, "list") / "COCO2017_unlabeled" / "annotations" / "image_info_unlabeled2017.json"
     for content in ({}, {"images": [{"file_name": "1.jpg"}]}, {"images": [{"id": -1}]}, {"images": [{"id": 7}]}):
@@ -794,7 +803,7 @@ def test_writing_is_atomic(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["p.json"]
     path.unlink()
     path.mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="p.json: cannot be written"):
         benchmarks.write_predictions(path, {})
     assert os.listdir(tmp_path) == ["p.json"]
     with pytest.raises(FileNotFoundError, match="does not exist"):

@@ -85,7 +85,7 @@ def test_fetches_the_checkpoint_and_the_vocabulary(server, tmp_path, capsys):
     assert fetch(server, folder) is None
     assert names(folder) == ["model_base.pth", "vocab.txt"]
     assert (folder / "model_base.pth").read_bytes() == WEIGHTS and (folder / "vocab.txt").read_bytes() == VOCAB
-    assert "model_base.pth: 100%" in capsys.readouterr().err  # the progress bar
+    assert capsys.readouterr().err == ""  # no progress bar where nobody watches
     server.ranges.clear()
     assert fetch(server, folder) is None and server.ranges == []  # both are there
     assert "there already" in capsys.readouterr().out

@@ -126,8 +126,10 @@ def test_a_member_that_is_no_image_and_a_shard_that_goes_away(folder, tmp_path):
 
 
 def test_too_few_images_and_no_folder(folder, tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match="a.jpg: is a file"):
         find_images(folder / "a.jpg", tmp_path / "cache")
+    with pytest.raises(ValueError, match="no such folder"):
+        find_images(folder / "none", tmp_path / "cache")
     shutil.rmtree(folder / "b")
     for name in ("z.PNG", "00000.tar"):
         (folder / name).unlink()

@@ -284,6 +284,16 @@ def test_blank_modifier_is_the_training_sentence(blip):
     torch.testing.assert_close(blip.encode_text(*mixed)[0], blip.encode_text(plain, plain_mask)[0], rtol=0, atol=1e-6)
 
 
+def test_a_modifiers_own_that_is_not_repeated(blip):
+    U = tokens_of(4)
+    words, mask = isa.compose_query(blip, U, ["That is blue", " that\tis blue", "is blue", "that that is blue"])
+    assert torch.equal(words[0, 4 + L : 9 + L], rows(blip, "that", "is", "blue", "[SEP]", "[PAD]"))
+    assert torch.equal(words[:3, 4 + L :], words[:1, 4 + L :].expand(3, -1, -1)) and torch.equal(mask[:3], mask[:1].expand(3, -1))
+    assert torch.equal(words[3, 4 + L :], rows(blip, "that", "that", "is", "blue", "[SEP]"))  # one of them only
+    assert torch.equal(isa.compose_query(blip, U[:1], ["that"])[0], isa.compose_query(blip, U[:1])[0])  # which says nothing
+    assert [isa.continuation(m) for m in ("thatched", "that's red", "is that")] == ["that thatched", "that 's red", "that is that"]
+
+
 @pytest.mark.parametrize("modifiers", [[], ["is red"], ["is red"] * 3])
 def test_wrong_number_of_modifiers(blip, modifiers):
     with pytest.raises(ValueError, match=f"2 images but {len(modifiers)} modifiers"):

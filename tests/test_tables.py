@@ -231,7 +231,7 @@ def test_a_run_that_fails_gives_one_line_and_the_others_go_on(here, scripts, mon
 def test_a_training_that_was_stopped_is_not_evaluated(here, scripts):
     scripts("sys.exit(128 + signal.SIGTERM)\n")
     (failure,) = tables.run_missing(["fig5"], tables.parse_args(["fig5", "--seeds", "0"]), "f")
-    assert "--name tables/isa-0` was stopped from outside; the same command goes on" in failure
+    assert failure == f"`{tables.shown(tables.training('isa', 0))} --resume` was stopped from outside; the same command goes on"
     assert [line.split("/")[-1] for line in (here / "calls").read_text().splitlines()] == ["train.py"]
 
 
