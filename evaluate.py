@@ -13,6 +13,7 @@ import json
 import signal
 import statistics
 import sys
+import textwrap
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -313,18 +314,10 @@ def draw_picture(setting, rankings, count=6, top=5, side=96):
             sheet.paste(image, (x, y))
 
         paste(query.reference, 8)
-        pen.multiline_text((side + 8, y + 24), wrapped(f"that {query.captions[0]}", 34), fill="black", font_size=15)
+        pen.multiline_text((side + 8, y + 24), textwrap.fill(f"that {query.captions[0]}", 34), fill="black", font_size=15)
         for i, name in enumerate(rankings[query.id][:top]):
             paste(name, side * (4 + i) + 4, GREEN if name in query.targets else None)
     return sheet
-
-
-def wrapped(text, width):
-    """Words -> lines of at most `width` letters (a longer word has a line of its own)."""
-    lines = [""]
-    for word in text.split():
-        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [*lines, word]
-    return "\n".join(lines)
 
 
 def overlay(image, weights):

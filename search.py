@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import sys
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +27,12 @@ import benchmarks
 import blip_lite
 import isa
 import light_encoders
-from blip_lite.checks import check_lengths, check_options, check_output
+from blip_lite.checks import check_folder, check_lengths, check_options, check_output
 from blip_lite.features import autocast
 from blip_lite.files import explained, locked, replacing
-from blip_lite.images import identity, list_images, load_images, open_image, walk
+from blip_lite.images import SUFFIXES, identity, list_images, load_images, open_image, walk
 from blip_lite.signals import exit_interrupted, interrupt_on_signals
-from evaluate import add_model_options, nearest_words, open_blip, overlay, wrapped, write_json
+from evaluate import add_model_options, nearest_words, open_blip, overlay, write_json
 from train import load_query_model
 
 BATCH = 64  # photos between two writes of the index: what a kill can lose
@@ -48,16 +49,23 @@ def photos_below(folder):
     return paths
 
 
+def place_of_index(blip, folder, precision, cache):
+    """An index belongs to one folder of photos, however it is reached, one BLIP and one precision."""
+    key = f"{os.path.realpath(folder)}\0{blip.fingerprint}\0{precision}"
+    return Path(cache) / f"photos-{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}"
+
+
 def index(blip, paths, folder, precision, cache, workers=1):
-    """Features of photos, each computed once -> v float32 [N, E], unit norm; NaN for what cannot be read as an image.
+    """Features of the photos below a folder, each computed once -> v float32 [N, E], unit norm; NaN for what cannot be read.
 
     The index is one file of records (what identifies a photo: path, size, time of change; its v), to which new ones are appended;
-    a half-written last one is cut off. Photos that are gone are forgotten when they are more than those that are there.
+    a half-written last one is cut off. Photos that are gone are forgotten when they are more than those that are there. What cannot
+    be read has no record: it is tried again next time, since the fault may be the disk's.
     """
     kind = np.dtype([("id", "S32"), ("v", np.float32, (blip.embed_dim,))])
-    key = f"{os.path.realpath(folder)}\0{blip.fingerprint}\0{precision}"
-    place = Path(cache) / f"photos-{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}"
-    wanted = [hashlib.sha256(identity(os.path.abspath(path))).hexdigest()[:32].encode() for path in paths]
+    place, root = place_of_index(blip, folder, precision, cache), os.path.realpath(folder)
+    names = (os.path.join(root, path[len(os.fspath(folder)) :].lstrip(os.sep)) for path in paths)  # relpath, ten times as fast
+    wanted = [hashlib.sha256(identity(name)).hexdigest()[:32].encode() for name in names]
     with locked(place):  # one search at a time writes; the next finds it done
         file = place / "records"
         file.touch()
@@ -73,28 +81,30 @@ def index(blip, paths, folder, precision, cache, workers=1):
                     records.flush()
         stored = np.fromfile(file, kind)
         row = {name: i for i, name in enumerate(stored["id"].tolist())}
-        stored = stored[[row[name] for name in wanted]]
+        there = [i for i, name in enumerate(wanted) if name in row]
+        stored = stored[[row[wanted[i]] for i in there]]
         if len(row) > 2 * len(wanted):
             with replacing(file) as records:
                 records.write(stored.tobytes())
-    return torch.from_numpy(stored["v"].copy())
+    v = torch.full((len(paths), blip.embed_dim), torch.nan)
+    v[there] = torch.from_numpy(stored["v"])
+    return v
 
 
 @torch.no_grad()
 def encode(blip, paths, precision, workers):
-    """Batches of (row numbers, v [M, E] as an array): of what cannot be read, NaN, with a line on stderr."""
+    """Batches of (row numbers, v [M, E] as an array); what cannot be read is named on stderr and left out."""
     preprocess = partial(blip_lite.to_pixels, image_size=blip.image_size, mean=blip_lite.MEAN, std=blip_lite.STD)
     device = blip.temp.device
     with tqdm(total=len(paths), desc="indexing photos", unit="photo", disable=None if paths else True) as bar:
         for rows, pixels, bad in load_images(list_images(paths), preprocess, BATCH, workers) if paths else ():
             for why in bad.values():
-                print(f"left out: {why}", file=sys.stderr)
-            v = np.full((len(rows) + len(bad), blip.embed_dim), np.nan, np.float32)
+                tqdm.write(f"left out: {why}", file=sys.stderr)
             if rows:
                 with autocast(device, precision):
-                    v[: len(rows)] = blip.encode_image(pixels.to(device), cls_only=True)[0].float().cpu()
-            yield [*rows, *bad], v
-            bar.update(len(v))
+                    v = blip.encode_image(pixels.to(device), cls_only=True)[0]
+                yield rows, v.float().cpu().numpy()
+            bar.update(len(rows) + len(bad))
 
 
 # ---------------------------------------------------------------------------------------------- the query
@@ -110,11 +120,26 @@ def compose(blip, model, image, text, prompt, precision):
     return q.float().cpu(), U.float(), [None if m is None else m[0].float().cpu() for m in maps]
 
 
+def is_same_file(path, other):
+    """Under whatever name; False where one has gone."""
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False
+
+
 def search(args):
     """-> (paths best first, their scores), and what the contact sheet shows of the query."""
-    paths = photos_below(args.gallery)
+    if not os.path.exists(args.image):
+        raise ValueError(f"{args.image}: there is no such image; give the query image with --image")
     image = blip_lite.to_rgb(open_image(args.image))
+    paths = photos_below(args.gallery)
     blip, precision = open_blip(args)
+    indexed = [p for p in ("fp32", "bf16") if place_of_index(blip, args.gallery, p, args.cache_dir).exists()]
+    if args.precision == "auto" and indexed and precision not in indexed:  # auto is timed: a busy moment must not cost an index
+        args.precision = indexed[0]
+        blip, precision = open_blip(args)
+    args.precision = precision  # for the settings in --json
     model, trained = load_query_model(args.checkpoint, blip)
     if trained["gallery"] == "query":
         raise ValueError(f"{args.checkpoint}: was trained for a gallery of its own; search.py has BLIP's: give another checkpoint")
@@ -122,10 +147,11 @@ def search(args):
     q, U, maps = compose(blip, model, image, args.text, trained["prompt"], precision)
     v = index(blip, paths, args.gallery, precision, args.cache_dir, args.workers)
 
-    itself = os.path.realpath(args.image)
     good = v.isfinite().all(dim=1)
-    kept = [i for i in good.nonzero()[:, 0].tolist() if args.keep_query or os.path.realpath(paths[i]) != itself]
-    print(f"{len(paths)} photos in {args.gallery}, {int((~good).sum())} of them cannot be read and are left out", file=sys.stderr)
+    bad = len(paths) - int(good.sum())
+    told = f", {bad} of them cannot be read and are left out" if bad else ""
+    print(f"{len(paths)} photos in {args.gallery}{told}", file=sys.stderr)
+    kept = [i for i in good.nonzero()[:, 0].tolist() if args.keep_query or not is_same_file(paths[i], args.image)]
     if not kept:
         raise ValueError(f"{args.gallery}: holds no photo that can be read besides the query; give another folder with --gallery")
     best = benchmarks.top_k(q, v[kept], args.top)[0].tolist()
@@ -135,18 +161,20 @@ def search(args):
 
 # ---------------------------------------------------------------------------------------------- the contact sheet
 TILE, SIDE, PHOTO, MARGIN, ACROSS = 72, 220, 150, 16, 5  # pixels: a map, the query, a photo found, what is left empty; photos a row
-GREY = (110, 110, 110)
+GREY, PAPER = (110, 110, 110), (244, 244, 244)  # small print; what lies under a photo that is not square
 
 
-def fitted(image, side):
-    """The image within a white square, its proportions kept."""
-    small = image.copy()
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    if max(image.size) < side:  # a drawing of 64 pixels
-        small = image.resize([round(x * side / max(image.size)) for x in image.size], Image.Resampling.BICUBIC)
-    square = Image.new("RGB", (side, side), "white")
-    square.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
-    return square
+def scaled(image, side):
+    """The image with its proportions kept, its longer side `side` pixels long."""
+    size = [max(1, round(x * side / max(image.size))) for x in image.size]
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
+
+
+def paste(sheet, image, x, y, side):
+    """Put an image in the middle of a square of the sheet."""
+    image = scaled(image, side)
+    sheet.paste(PAPER, (x, y, x + side, y + side))
+    sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
 
 
 def shortened(text, font, width):
@@ -165,35 +193,32 @@ def contact_sheet(query, text, words, maps, found, scores):
     """
     small, middle = ImageFont.load_default(12), ImageFont.load_default(15)
     rows = [(label, m) for label, m in (("owns (Eq. 1)", maps[0]), ("looks at (Eq. 4)", maps[1])) if m is not None]
+    step, row = TILE + 6, TILE + 22
     per_line = min(len(words), 6)
-    left = max(per_line * (TILE + 6), 2 * SIDE) + 2 * MARGIN
-    lines = -(-len(words) // per_line)
-    text_lines = wrapped(f"that {text}" if text else "(no text)", 24).split("\n")
+    left = max(per_line * step, 2 * SIDE) + 2 * MARGIN
+    text_lines = textwrap.wrap(f"that {text}", 24) if text.strip() else ["(no text)"]
     top = max(SIDE, 20 * len(text_lines)) + 2 * MARGIN
-    height = top + lines * (len(rows) * (TILE + 22) + 30)
+    bottom = top + -(-len(words) // per_line) * (len(rows) * row + 30)
     cell = PHOTO + 44
     across = min(ACROSS, len(found))
-    size = left + MARGIN + across * (PHOTO + MARGIN), max(height, MARGIN + -(-len(found) // across) * cell)
+    size = left + MARGIN + across * (PHOTO + MARGIN), max(bottom, MARGIN + -(-len(found) // across) * cell)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
 
-    sheet.paste(fitted(query, SIDE), (MARGIN, MARGIN))
+    paste(sheet, query, MARGIN, MARGIN, SIDE)
     pen.multiline_text((MARGIN * 2 + SIDE, MARGIN), "\n".join(text_lines), fill="black", font=middle, spacing=5)
-    for line in range(lines):
-        some = range(line * per_line, min(len(words), (line + 1) * per_line))
-        y = top + line * (len(rows) * (TILE + 22) + 30)
-        for i in some:
-            word = shortened(f"u{i + 1} {words[i]}", small, TILE + 4)
-            pen.text((MARGIN + (i - some[0]) * (TILE + 6), y), word, fill="black", font=small)
+    query = scaled(query, TILE)
+    for i, word in enumerate(words):
+        x, y = MARGIN + i % per_line * step, top + i // per_line * (len(rows) * row + 30)
+        pen.text((x, y), shortened(f"u{i + 1} {word}", small, TILE + 4), fill="black", font=small)
         for n, (label, weights) in enumerate(rows):
-            for i in some:
-                seen = fitted(overlay(query, weights[i]), TILE)
-                sheet.paste(seen, (MARGIN + (i - some[0]) * (TILE + 6), y + 18 + n * (TILE + 22)))
-            pen.text((MARGIN, y + 19 + n * (TILE + 22) + TILE), label, fill=GREY, font=small)
+            if x == MARGIN:
+                pen.text((x, y + 17 + n * row), label, fill=GREY, font=small)
+            paste(sheet, overlay(query, weights[i]), x, y + 34 + n * row, TILE)
 
     for i, (path, score) in enumerate(zip(found, scores, strict=True)):
         x, y = left + MARGIN + i % across * (PHOTO + MARGIN), MARGIN + i // across * cell
-        sheet.paste(fitted(blip_lite.to_rgb(open_image(path)), PHOTO), (x, y))
+        paste(sheet, blip_lite.to_rgb(open_image(path)), x, y, PHOTO)
         pen.text((x, y + PHOTO + 3), f"{i + 1}.  {score:.3f}", fill="black", font=small)
         name = os.fsencode(os.path.basename(path)).decode(errors="replace")
         pen.text((x, y + PHOTO + 18), shortened(name, small, PHOTO), fill=GREY, font=small)
@@ -203,7 +228,7 @@ def contact_sheet(query, text, words, maps, found, scores):
 # ---------------------------------------------------------------------------------------------- command line
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--gallery", required=True, help="folder of photos, searched with its sub-folders")
+    p.add_argument("--gallery", required=True, help=f"folder of photos ({' '.join(SUFFIXES)}), searched with its sub-folders")
     p.add_argument("--image", required=True, help="the query image; left out of the result if it lies in the gallery")
     p.add_argument("--text", default="", help='what should be different, to follow "that": "has a red car", "is at night"; '
                    "without it, photos like the image are found")
@@ -224,12 +249,12 @@ def main(args):
     for path in (args.out, args.json if args.json != "-" else None):
         if path:
             check_output(path)
+    check_folder(args.cache_dir)
     found, scores, image, words, maps = search(args)
-    names = [os.fsencode(path).decode(errors="replace") for path in found]  # which need not be UTF-8
-    ranked = enumerate(zip(scores, names, strict=True), start=1)
-    results = [{"rank": rank, "score": round(score, 4), "path": name} for rank, (score, name) in ranked]
-    document = {"image": args.image, "text": args.text, "gallery": args.gallery, "blip": args.blip, "checkpoint": args.checkpoint,
-                "nearest_words": words, "results": results}  # fmt: skip
+    ranked = enumerate(zip(scores, found, strict=True), start=1)
+    results = [{"rank": rank, "score": round(score, 4), "path": path} for rank, (score, path) in ranked]
+    document = {"settings": vars(args), "nearest_words": words, "results": results}
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     if args.json == "-":
         print(json.dumps(document, indent=1))
     else:

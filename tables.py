@@ -26,6 +26,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ from blip_lite.checks import check_output
 from blip_lite.features import autocast
 from blip_lite.files import replacing
 from blip_lite.signals import end_workers
-from evaluate import GREEN, nearest_words, overlay, word_rows, wrapped
+from evaluate import GREEN, nearest_words, overlay, word_rows
 from pocket import drawing, specs
 
 ROOT = Path(__file__).resolve().parent
@@ -937,7 +938,8 @@ def picture(setting, name):
 def paste_query(sheet, setting, query):
     """Reference image and modifier in the left 2.5 tiles of a sheet."""
     sheet.paste(picture(setting, query.reference), (GAP, 16))
-    ImageDraw.Draw(sheet).multiline_text((GAP, TILE + 22), wrapped(f"that {query.captions[0]}", 24), fill="black", font_size=12)
+    text = textwrap.fill(f"that {query.captions[0]}", 24)
+    ImageDraw.Draw(sheet).multiline_text((GAP, TILE + 22), text, fill="black", font_size=12)
 
 
 def paste_retrieved(sheet, setting, query, names, x, y):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from conftest import ROOT
 from PIL import Image
 
 import blip_lite
+import evaluate
 import isa
 import light_encoders
 import search
@@ -94,11 +96,13 @@ def test_ranking_is_that_of_single_features(call_script, photos, pocket_blip, te
 def test_list_file_and_more_than_there_are(call_script, photos, tmp_path):
     done = run(call_script, photos, "--json", "deep/found.json", "--top", "100")
     document = json.loads((tmp_path / "deep" / "found.json").read_text())
-    assert document["text"] == "is red" and len(document["nearest_words"]) == 6 and len(document["results"]) == 29
+    settings = document["settings"]
+    assert settings["text"] == "is red" and settings["top"] == 100 and settings["precision"] == "fp32"
+    assert len(document["nearest_words"]) == 6 and len(document["results"]) == 29
     lines = done.out.splitlines()
     assert [line.split(maxsplit=2)[2] for line in lines] == [row["path"] for row in document["results"]]
     assert lines[0].split()[0] == "1" and float(lines[0].split()[1]) == document["results"][0]["score"]
-    assert "30 photos" in done.err and "0 of them cannot be read" in done.err
+    assert "30 photos" in done.err and "cannot be read" not in done.err
 
 
 def test_the_query_is_left_out_unless_kept(call_script, photos, tmp_path):
@@ -148,8 +152,26 @@ def test_an_index_belongs_to_a_blip_a_precision_and_a_folder(call_script, photos
     run(call_script, photos, "--precision", "bf16")
     run(call_script, photos / "été", image=sorted(walk(photos))[3])
     assert len(list(tmp_path.glob("cache/photos-*"))) == 3
-    run(call_script, os.path.relpath(photos, tmp_path))
-    assert len(list(tmp_path.glob("cache/photos-*"))) == 3
+
+
+def test_a_folder_may_be_reached_by_many_ways(call_script, photos, encoded, tmp_path):
+    (tmp_path / "link").symlink_to(photos)
+    for way in (photos, os.path.relpath(photos, tmp_path), f"{photos}/", tmp_path / "link", photos / "été" / ".."):
+        rows = found(run(call_script, way, "--json", "-", image=sorted(walk(photos))[3]))
+        assert len(rows) == 10 and all(row["path"].startswith(str(way)) for row in rows)
+    assert sum(encoded) == 30 and len(list(tmp_path.glob("cache/photos-*"))) == 1
+
+
+def test_automatic_precision_keeps_to_the_index_that_is_there(call_script, photos, encoded, monkeypatch, tmp_path):
+    """Timed anew at each start, it may come out otherwise; a choice of the user's own is not overruled."""
+    image = sorted(walk(photos))[3]
+    results = []
+    for picked, asked in (("bf16", "auto"), ("fp32", "auto"), ("fp32", "fp32"), ("bf16", "auto"), ("fp32", "auto")):
+        monkeypatch.setattr(evaluate, "pick_precision", lambda device, picked=picked: picked)
+        done = call_script("search.py", "--gallery", photos, "--image", image, "--workers", 0, "--precision", asked, "--json", "-")
+        results.append(json.loads(done.out))
+    assert [r["settings"]["precision"] for r in results] == ["bf16", "bf16", "fp32", "bf16", "fp32"] and sum(encoded) == 60
+    assert results[0]["results"] == results[1]["results"] != results[2]["results"]
 
 
 def test_a_half_written_record_is_cut_off(call_script, photos, encoded, tmp_path):
@@ -217,13 +239,28 @@ def test_damaged_photos_are_named_and_left_out(call_script, photos, encoded):
     assert len(found(done)) == 29 and "left out:" in done.err and "text.jpg" in done.err and "empty.png: is empty" in done.err
     assert "32 photos" in done.err and "2 of them cannot be read" in done.err
     again = run(call_script, photos, "--json", "-", "--top", "50")
-    assert found(again) == found(done) and sum(encoded) == 30 and "2 of them cannot be read" in again.err
+    assert found(again) == found(done) and sum(encoded) == 30
+    assert "text.jpg" in again.err and "2 of them cannot be read" in again.err
 
 
-def test_names_that_are_not_utf8(call_script, photos):
-    shutil.copy(sorted(walk(photos))[3], os.fsencode(photos) + b"/caf\xe9.png")
-    done = run(call_script, photos, "--json", "-", "--top", "50", "--out", "sheet.png", image=sorted(walk(photos))[5])
-    assert any("caf\ufffd.png" in row["path"] for row in found(done))
+def test_what_could_not_be_read_once_is_tried_again(call_script, photos):
+    """A disk that fails for a moment changes neither a photo's size nor its time."""
+    path = sorted(walk(photos))[7]
+    stat, whole = os.stat(path), Path(path).read_bytes()
+    for content, count in ((bytes(len(whole)), 28), (whole, 29)):
+        Path(path).write_bytes(content)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        rows = found(run(call_script, photos, "--json", "-", "--top", "50"))
+        assert len(rows) == count and (path in [row["path"] for row in rows]) == (content == whole)
+
+
+def test_names_that_are_not_utf8(call_script, photos, tmp_path):
+    name = os.fsencode(photos) + b"/caf\xe9.png"
+    shutil.copy(sorted(walk(photos))[3], name)
+    done = run(call_script, photos, "--json", "found.json", "--top", "50", "--out", "sheet.png", image=sorted(walk(photos))[5])
+    assert done.status == 0 and "caf\\udce9.png" in done.out
+    paths = [row["path"] for row in json.loads((tmp_path / "found.json").read_text())["results"]]
+    assert name in map(os.fsencode, paths)  # exact, for a program
 
 
 def test_listing_and_loading_do_not_take_long(photos, pocket_blip, tmp_path, monkeypatch):
@@ -254,11 +291,21 @@ def test_the_contact_sheet_shows_query_and_photos(call_script, photos, tmp_path)
     assert (sheet[-60:, -search.PHOTO :] == 255).all()  # seven photos leave the end of the second line empty
 
 
-def test_proportions_are_kept_and_long_names_are_shortened():
-    wide = np.asarray(search.fitted(Image.new("RGB", (400, 100), "red"), 100))
-    assert (wide[:35] == 255).all() and (wide[40:60] == (255, 0, 0)).all() and (wide[65:] == 255).all()
-    tall = np.asarray(search.fitted(Image.new("RGB", (2, 8), "red"), 100))
-    assert (tall[:, :35] == 255).all() and (tall[:, 40:60] == (255, 0, 0)).all()
+@pytest.mark.parametrize("size, inside", (((400, 100), (50, 20)), ((2, 8), (30, 50)), ((5000, 1), (50, 50))))
+def test_proportions_are_kept(size, inside):
+    """A square of 100 pixels at (10, 20): the photo in its middle, paper above and below or left and right, nothing beyond."""
+    sheet = Image.new("RGB", (130, 130), "white")
+    search.paste(sheet, Image.new("RGB", size, "red"), 10, 20, 100)
+    red = (np.asarray(sheet) == (255, 0, 0)).all(axis=2)
+    rows, columns = red.any(axis=1).nonzero()[0], red.any(axis=0).nonzero()[0]
+    wide = {(400, 100): (100, 25), (2, 8): (25, 100), (5000, 1): (100, 1)}[size]
+    assert (len(columns), len(rows)) == wide and red.sum() == wide[0] * wide[1]
+    assert abs(columns.mean() - 59.5) <= 1 and abs(rows.mean() - 69.5) <= 1
+    paper = (np.asarray(sheet) == search.PAPER).all(axis=2)
+    assert paper.sum() == 100 * 100 - red.sum() and (red | paper)[20:120, 10:110].all()
+
+
+def test_long_names_lose_their_middle():
     font = search.ImageFont.load_default(12)
     name = "a" * 80 + "_the_end.jpeg"
     short = search.shortened(name, font, 150)
@@ -268,12 +315,21 @@ def test_proportions_are_kept_and_long_names_are_shortened():
 
 @pytest.mark.parametrize("tokens, maps", ((6, (True, True)), (10, (True, False)), (1, (False, False))))
 def test_sheets_of_other_mappers(photos, tokens, maps):
-    """Ten tokens take two lines; a mapper without attention has no maps."""
+    """Ten tokens take two lines; a mapper without attention has no maps. Many words, one of them long, stay in their place."""
     grid = torch.rand(tokens, 4, 4)
     words, paths = ["a-rather-long-word"] * tokens, sorted(walk(photos))[:3]
     grids = [grid if there else None for there in maps]
-    sheet = search.contact_sheet(Image.open(paths[0]).convert("RGB"), "word " * 60, words, grids, paths, [1, 2, 3])
-    assert sheet.width < 1500 and sheet.height > 300
+    text = "word " * 60 + "x" * 90  # 16 lines of at most 24 letters
+    sheet = search.contact_sheet(Image.open(paths[0]).convert("RGB"), text, words, grids, paths, [1, 2, 3])
+    pixels = np.asarray(sheet, int)
+    ink = (pixels != 255).any(axis=2)
+    m, line = search.MARGIN, 30 + sum(maps) * (search.TILE + 22)
+    left = max(2 * search.SIDE, min(tokens, 6) * (search.TILE + 6)) + 2 * m
+    assert sheet.size == (left + m + 3 * (search.PHOTO + m), 16 * 20 + 2 * m + -(-tokens // 6) * line)
+    beside = ink[: 16 * 20 + 2 * m, m + search.SIDE + m : left]
+    assert beside[300:320].any() and not beside[-m:].any() and not ink[:, left : left + m].any()
+    red = (pixels[..., 0] - pixels[..., 1] > 60)[16 * 20 + 2 * m :]
+    assert red[:line].any() == maps[0] and red[line:].any() == (tokens > 6) and red[line - 80 : line].any() == any(maps)
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -284,12 +340,12 @@ def test_wrong_input_is_one_line(call_script, photos, tmp_path):
     base = {"--gallery": photos, "--image": image, "--text": "is red"}
     for changed, parts in (
         ({"--gallery": "nowhere"}, ("nowhere", "no such folder", "--gallery")), ({"--gallery": "empty"}, ("empty", "no photos")),
-        ({"--gallery": image}, ("no such folder",)), ({"--image": "nowhere.png"}, ("nowhere.png",)),
+        ({"--gallery": image}, ("no such folder",)), ({"--image": "nowhere.png"}, ("nowhere.png", "no such image", "--image")),
         ({"--image": "text.png"}, ("text.png",)),
         ({"--image": photos}, (str(photos),)), ({"--text": "red " * 600}, ("--text", "64 positions")),
         ({"--checkpoint": "no.pt"}, ("no.pt",)),
         ({"--blip": "nowhere.pth"}, ("nowhere.pth",)), ({"--out": "text.png/x.png"}, ("text.png",)),
-        ({"--json": "empty"}, ("empty", "folder")),
+        ({"--json": "empty"}, ("empty", "folder")), ({"--cache-dir": "text.png/deep"}, ("text.png", "is a file")),
     ):  # fmt: skip
         options = [str(x) for pair in (base | changed).items() for x in pair]
         one_line(call_script("search.py", *options, *FAST), *parts)
