@@ -172,7 +172,7 @@ def require_images(benchmark):
     missing = benchmarks.missing_images(benchmark)
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(benchmark.paths)} images of {benchmark.name} are missing, the first is "
+            f"{len(missing)} of {len(benchmark.paths)} images of {benchmark.name} are missing or empty, the first is "
             f"{benchmark.paths[missing[0]]}; `python evaluate.py check` shows the expected tree"
         )
 

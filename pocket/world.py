@@ -264,7 +264,7 @@ def ensure(out="data/pocket"):
     try:
         seed, scale = (json.loads(marker.read_text())[key] for key in ("seed", "scale"))
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{marker} is damaged; remove the folder {out}, it is then drawn again") from None
+        raise ValueError(f"{marker} is damaged; delete the folder {out}, it is then drawn again") from None
     if (seed, scale) != (0, 1.0):
         print(f"{out} holds the pocket world of seed {seed}, scale {scale}; remove it to have the usual one (0, 1.0) drawn")
 

@@ -218,7 +218,7 @@ def with_mistakes(source, mistakes):
     submission = copy.deepcopy(source)
     for cell, right, wrong, _ in mistakes.values():
         cell = cell_of(submission, cell)
-        todo, solution = cell.source.split("### BEGIN SOLUTION")
+        todo, solution = cell.source.split("### BEGIN SOLUTION", 1)
         assert solution.count(right) == 1, right
         cell.source = todo + solution.replace(right, wrong)
     return submission

@@ -194,7 +194,9 @@ def test_stopped_while_features_are_stored(trained, tmp_path, number):
     assert poll(exists(tmp_path, "cache/features-*.tmp/rows-*.json"), process)
     os.killpg(process.pid, number)
     assert finish(process) == 128 + number
-    assert said(tmp_path) == ["train.py: interrupted; no checkpoint was written; stored features are kept"]
+    *noise, last = said(tmp_path)  # once in many times a worker that is talked to at that moment says that nobody listens
+    assert last == "train.py: interrupted; no checkpoint was written; stored features are kept"
+    assert not any("KeyboardInterrupt" in line or "train.py" in line for line in noise)
     assert not (tmp_path / "runs").exists() and list(tmp_path.glob("cache/features-*.tmp/rows-*.json"))
 
 
@@ -519,6 +521,7 @@ def at_call(owner, name, n, number):
     return lambda: setattr(owner, name, wrapped)
 
 
+@pytest.mark.slow
 def test_pretraining_survives_signals_and_kills(tmp_path):
     """Ctrl-C in the first step, SIGKILL at the end, between the log and the weights; then to the end."""
     assert finish(begin("pocket.pretrain", *PRETRAIN, "--out", "whole.pth", cwd=tmp_path)) == 0, said(tmp_path)

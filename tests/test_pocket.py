@@ -509,7 +509,7 @@ def test_ensure_draws_only_what_is_missing(tmp_path, monkeypatch, capsys):
     world.ensure(tmp_path / "w")
     assert len(calls) == 1 and capsys.readouterr().out == ""
     marker.write_text("{")
-    with pytest.raises(ValueError, match=r"world.json is damaged; remove the folder .*w, it is then drawn again"):
+    with pytest.raises(ValueError, match=r"world.json is damaged; delete the folder .*w, it is then drawn again"):
         world.ensure(tmp_path / "w")
 
 
@@ -670,7 +670,7 @@ def pretrain_here(monkeypatch, out, *options):
     pretrain.main()
 
 
-@pytest.mark.parametrize("fine_at", [4000, 1])
+@pytest.mark.parametrize("fine_at", [pytest.param(4000, marks=pytest.mark.slow), 1])
 def test_pretraining_killed_in_a_step_resumes_to_the_same_weights(tmp_path, monkeypatch, fine_at):
     monkeypatch.setattr(pretrain, "FINE_AT", fine_at)
     pretrain_here(monkeypatch, tmp_path / "whole.pth")

@@ -378,6 +378,8 @@ def test_evaluate_score_prints_the_definitions(tmp_path, name):
             evaluate.score(options)
         got = {}
         for line in printed.getvalue().splitlines():
+            if ": " not in line:  # a note on lists that are shorter than the test server wants
+                continue
             title, values = line.split(": ")
             title = next(t for t in wanted if title.strip() in (t, f"{t}  val", f"fashioniq {t} val"))
             pairs = re.findall(r"(?:(\S+) )?(\d+\.\d\d)(?:  |$)", values)

@@ -198,12 +198,15 @@ class Runner:
         self.kernel.__enter__()
         self.execute("import sys; exit = quit = sys.exit", 60)  # IPython's own end the kernel after the cell
         for step in self.done:
-            self.execute(step.source, SETUP_SECONDS)
+            self.execute(step.source, self.seconds(step))
 
     def stop(self):
         if self.kernel is not None:
             self.kernel.__exit__(None, None, None)
             self.kernel = None
+
+    def seconds(self, step):
+        return SETUP_SECONDS if step.kind == "setup" else self.timeout
 
     def execute(self, text, timeout):
         """Run text in the kernel -> what it printed. Raises nbclient's errors."""
@@ -220,7 +223,7 @@ class Runner:
         try:
             if self.kernel is None:
                 self.start()
-            said = self.execute(text, SETUP_SECONDS if step.kind == "setup" else self.timeout)
+            said = self.execute(text, self.seconds(step))
         except CellExecutionError as error:
             return sentence(error.ename, error.evalue)
         except (CellTimeoutError, DeadKernelError) as error:
