@@ -25,6 +25,7 @@ from blip_lite.files import replacing
 
 CATEGORIES = ("dress", "shirt", "toptee")  # FashionIQ is three benchmarks, each with its own gallery
 SUBMITTED = {"recall": 50, "recall_subset": 3}  # names per query that the test servers of CIRR and CIRCO accept
+HEADLINE = {"cirr": "R@1", "fashioniq": "R@10", "circo": "mAP@5"}  # the one metric, where there is room for one
 CHECKED = {"cirr": ("val", "test1"), "fashioniq": ("val",), "circo": ("val", "test")}  # the splits that evaluation asks for
 TREES = {
     "cirr": """\
@@ -197,8 +198,8 @@ def _unique_keys(pairs):
 def _read_json(path, kind):
     """The content of a JSON file whose outermost value is a `kind`; a key that appears twice is an error."""
     if not path.is_file():
-        kind = path.name.split(".")[:-2][:1]  # "cap" of "cap.rc2.val.json"; of "val.json" nothing
-        others = sorted(file.name for file in path.parent.glob("*.json") if file.name.split(".")[:-2][:1] == kind)[:6]
+        first = path.name.split(".")[:-2][:1]  # "cap" of "cap.rc2.val.json"; of "val.json" nothing
+        others = sorted(file.name for file in path.parent.glob("*.json") if file.name.split(".")[:-2][:1] == first)[:6]
         there = f" (there is {', '.join(others)})" if others else ""  # of another split, or another benchmark
         raise FileNotFoundError(f"{path} is missing{there}: `python evaluate.py check` prints the files that are expected")
     try:

@@ -220,7 +220,8 @@ def summarize(results):
 def check_modifiers(blip, benchmark, trained):
     """ValueError for a modifier that is too long for BLIP, after the sentence of any of the models with the settings `trained`."""
     label = " ".join(filter(None, (benchmark.name, benchmark.category, benchmark.split)))
-    texts = [(f"the modifier of query {q.id} of {label} ({text[:40]!r})", text) for q in benchmark.queries for text in modifiers(q)]
+    texts = [(f"the modifier of query {q.id} of {label} ({text[:40]!r})", isa.continuation(text))
+             for q in benchmark.queries for text in modifiers(q)]  # fmt: skip
     for prompt, tokens in {(settings["prompt"], settings["tokens"]) for settings in trained}:
         check_lengths(blip, prompt, tokens, texts)
 
@@ -279,20 +280,19 @@ def table(args):
 
 
 GREEN, RED = (30, 160, 60), (215, 20, 20)  # frames of targets; what a token looks at
-HEADLINE = {"cirr": "R@1", "fashioniq": "R@10", "circo": "mAP@5"}  # the metric that is also shown by type of modifier
 
 
 def print_table(name, rows, args):
     """Rows {method: {"all" or a kind: {metric: [mean, spread]}}} as text."""
     metrics = [m for m in next(iter(rows.values()))["all"] if m[:2] != "Rs" and not (name == "circo" and m[0] == "R")]
     kinds = [k for k in EDIT_KINDS if k in next(iter(rows.values()))]
-    titles = [*metrics, *(f"{HEADLINE[name]} {kind}" for kind in kinds)]
+    titles = [*metrics, *(f"{benchmarks.HEADLINE[name]} {kind}" for kind in kinds)]
     spread = any(method in rows and len(getattr(args, option)) > 1 for method, option in CHECKPOINTS.items())
     seeds = ", mean ± standard deviation over seeds where there are several" if spread else ""
     print(f"\n{name} ({args.split or 'test'}), percent{seeds}")
     print(f"{'method':18s}" + "".join(f"{t:>{max(8, len(t) + 2) + 6 * spread}s}" for t in titles))
     for method, parts in rows.items():
-        values = [parts["all"][m] for m in metrics] + [parts[k][HEADLINE[name]] for k in kinds]
+        values = [parts["all"][m] for m in metrics] + [parts[k][benchmarks.HEADLINE[name]] for k in kinds]
         cells = [f"{mean:.2f} ± {sd:.2f}" if spread and method in CHECKPOINTS else f"{mean:.2f}" for mean, sd in values]
         print(f"{method:18s}" + "".join(f"{c:>{max(8, len(t) + 2) + 6 * spread}s}" for c, t in zip(cells, titles, strict=True)))
 
@@ -518,7 +518,7 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: features that are half done are removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; what is stored of features is kept
     try:
         arguments.run(arguments)
     except (ValueError, OSError) as error:

@@ -143,7 +143,7 @@ def search(args):
     model, trained = load_query_model(args.checkpoint, blip)
     if trained["gallery"] == "query":
         raise ValueError(f"{args.checkpoint}: was trained for a gallery of its own; search.py has BLIP's: give another checkpoint")
-    check_lengths(blip, trained["prompt"], trained["tokens"], [("--text", args.text)])
+    check_lengths(blip, trained["prompt"], trained["tokens"], [("--text", isa.continuation(args.text))])
     q, U, maps = compose(blip, model, image, args.text, trained["prompt"], precision)
     v = index(blip, paths, args.gallery, precision, args.cache_dir, args.workers)
 

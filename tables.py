@@ -820,7 +820,7 @@ def lar_table(seeds, images=500):
     paths = [benchmark.paths[name] for name in benchmark.gallery[:images]]
     v = features_of(blip, paths)
     kinds = [kind for kind in specs.EDIT_KINDS if kind != "replace"]  # that one is in pre-training alone
-    columns = [(b, metric, kind) for b, metric in evaluate.HEADLINE.items() for kind in kinds]
+    columns = [(b, metric, kind) for b, metric in benchmarks.HEADLINE.items() for kind in kinds]
     scores, words = [], []
     for run, label in LAR_RUNS.items():
         there = [seed for seed in (seeds[:1] if run in ONE_SEED else seeds) if (folder(run, seed) / "isa.pt").exists()]

@@ -58,14 +58,14 @@ def check_finite(state, path, remedy):
 
 
 def check_lengths(blip, prompt, tokens, texts):
-    """ValueError for a composed query, [CLS] prompt u1 .. uL that text [SEP], that is longer than BLIP's positions.
+    """ValueError for a composed query, [CLS] prompt u1 .. uL text [SEP], that is longer than BLIP's positions.
 
-    tokens: L; texts: pairs of what a text is called and the text, which may be empty.
+    tokens: L; texts: pairs of what a text is called and the text (isa.continuation of a modifier), which may be empty.
     """
     places = blip.text_encoder.embeddings.position_embeddings.num_embeddings
     room = places - 2 - len(blip.tokenizer.tokenize(prompt)) - tokens
     for what, text in texts:
-        excess = len(blip.tokenizer.tokenize(f"that {text}" if text.strip() else "")) - room
+        excess = len(blip.tokenizer.tokenize(text)) - room
         if excess > 0:
             found = f"makes a sentence of {places + excess} tokens"
             raise ValueError(f"{what}: {found}, longer than BLIP's {places} positions; shorten it")

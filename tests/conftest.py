@@ -97,6 +97,16 @@ def pocket_blip():
     return blip_lite.load("pocket")
 
 
+def with_large_weights(blip):
+    """A new Blip -> the same, frozen, with weights so large that its answers depend on what it is shown."""
+    for name, parameter in blip.named_parameters():
+        if "embed" in name or "cls_token" in name:
+            torch.nn.init.normal_(parameter)
+        elif parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return blip.eval().requires_grad_(False)
+
+
 @pytest.fixture(scope="session")
 def trained(small_world, tmp_path_factory):
     """train.py as a user runs it: 4 steps on images of the small world -> where things are, and what it printed."""

@@ -638,3 +638,19 @@ def test_paths_relative_to_the_current_folder(call_script, small_world, trained,
     assert done.status == 0, done.err
     found = json.loads((tmp_path / "runs" / "table.json").read_text())["results"]["cirr"]
     assert list(found) == ["image"]  # without captions.json the ceilings are left out
+
+
+@pytest.mark.parametrize("head", ("", "that ", "  That "))
+def test_a_modifier_is_too_long_where_the_composed_query_is(head, pocket_blip):
+    """Pocket BLIP has 64 positions: what just fits passes and can be encoded, a word more is refused, "that" not counted twice."""
+    U = torch.zeros(1, 6, pocket_blip.word_dim)
+    for count, fits in ((64 - 2 - 3 - 6 - 1, True), (64 - 2 - 3 - 6, False)):  # [CLS] [SEP], "a photo of", u1..u6, "that"
+        text = head + "red " * count
+        words, mask = isa.compose_query(pocket_blip, U, [text])
+        assert (words.shape[1] <= 64) == fits
+        if fits:
+            evaluate.check_lengths(pocket_blip, "a photo of", 6, [("it", isa.continuation(text))])
+            pocket_blip.encode_text(words, mask)
+        else:
+            with pytest.raises(ValueError, match="it: makes a sentence of 65 tokens, longer than BLIP's 64 positions"):
+                evaluate.check_lengths(pocket_blip, "a photo of", 6, [("it", isa.continuation(text))])

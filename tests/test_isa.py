@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import with_large_weights
 from torch import nn
 
 import blip_lite
@@ -26,12 +27,7 @@ def blip(tmp_path_factory):
     path.write_text("\n".join(VOCAB) + "\n")
     torch.manual_seed(0)
     blip = blip_lite.Blip(SIZES, blip_lite.Tokenizer(path))
-    for name, parameter in blip.named_parameters():
-        if "embed" in name or "cls_token" in name:
-            nn.init.normal_(parameter)
-        elif parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.2)
-    return blip.eval().requires_grad_(False)
+    return with_large_weights(blip)
 
 
 def learner(seed=0, channels=5, word_dim=7, **settings):

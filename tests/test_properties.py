@@ -21,7 +21,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, ROOT
+from conftest import DATA, ROOT, with_large_weights
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -512,12 +512,7 @@ def blip():
     tokenizer = blip_lite.Tokenizer(VOCABULARIES["pocket"])
     torch.manual_seed(0)
     blip = blip_lite.Blip({**SIZES, "vocab_size": tokenizer.vocab_size}, tokenizer)
-    for name, parameter in blip.named_parameters():
-        if "embed" in name or "cls_token" in name:
-            nn.init.normal_(parameter)
-        elif parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.2)
-    return blip.eval().requires_grad_(False)
+    return with_large_weights(blip)
 
 
 MODIFIERS = st.one_of(

@@ -14,6 +14,7 @@ Student code runs with your rights all the same: grade strangers in a container.
 
 import argparse
 import csv
+import io
 import json
 import logging
 import os
@@ -287,7 +288,7 @@ def write(path, text):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(text.encode())  # as it is: CSV has line ends of its own
     os.replace(temporary, path)
 
 
@@ -324,9 +325,9 @@ def run_grade(args):
             points = {t["name"]: t["points"] for t in result.get("tests", ())}
             table.append([path, *(points.get(name, 0) for name in names), sum(points.values()), result.get("possible", ""),
                           result.get("error") or "; ".join(result["remarks"])])  # fmt: skip
-        Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
-        with open(args.csv, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(table)
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(table)
+        write(args.csv, text.getvalue())
     if any("error" in result for result in results.values()):
         raise ValueError("some submissions could not be graded; see above")
 

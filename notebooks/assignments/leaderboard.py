@@ -13,7 +13,6 @@ come from a bootstrap over queries; the same draws serve all teams, so that the 
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import sys
 from dataclasses import replace
@@ -25,8 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import benchmarks  # noqa: E402
+from benchmarks import HEADLINE  # noqa: E402
+from blip_lite.files import replacing  # noqa: E402
 
-HEADLINE = {"cirr": "R@1", "fashioniq": "R@10", "circo": "mAP@5"}
 SPLIT = {"cirr": "test1", "fashioniq": "test", "circo": "test"}
 CIRCO_LIST = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
 KEPT = {  # the fields that the official test sets have; everything else may tell the target
@@ -241,9 +241,8 @@ def score(args):
     for path, text in ((args.markdown, table), (args.json, json.dumps({"rows": rows, "refused": refused}, indent=1) + "\n")):
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+            with replacing(path) as file:
+                file.write(text.encode())
     if refused:
         raise ValueError(f"{len(refused)} of {len(found)} teams could not be scored; see above")
 
