@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torchvision import transforms
 from tqdm import tqdm
 
 import baselines
@@ -193,15 +192,6 @@ def load_query_model(path, blip):
 
 
 # ---------------------------------------------------------------------------------------------- data
-class NeutralRandAugment(transforms.RandAugment):
-    """RandAugment without the operations after which "a red car" is no longer true."""
-
-    KEPT = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Sharpness")
-
-    def _augmentation_space(self, *args):
-        return {k: v for k, v in super()._augmentation_space(*args).items() if k in self.KEPT}
-
-
 class TrainingImages(torch.utils.data.Dataset):
     """(epoch, i) -> image i as the query model sees it in that epoch, a pure function of seed, epoch and i; and what else a step
     needs of it: BLIP's pixels where BLIP has to look at it now, or what is stored. `batch` puts samples together.
@@ -210,11 +200,11 @@ class TrainingImages(torch.utils.data.Dataset):
     def __init__(self, images, encoder, args, features=None, blip_pixels=None):
         self.images, self.features, self.blip_pixels, self.seed = images, features, blip_pixels, args.seed
         self.size, self.normalization = encoder.image_size, encoder.normalization
-        bicubic = transforms.InterpolationMode.BICUBIC
-        steps = [transforms.RandomResizedCrop(self.size, (args.crop, 1), interpolation=bicubic)] if args.crop < 1 else []
-        steps += [transforms.RandomHorizontalFlip()] if args.flip else []
-        steps += [NeutralRandAugment(num_ops=2, magnitude=args.randaugment)] if args.randaugment else []
-        self.augment = transforms.Compose(steps)
+        self.augment = None
+        if args.crop < 1 or args.flip or args.randaugment:
+            from blip_lite.augment import augmentation  # here, because torchvision's import takes longer than torch's
+
+            self.augment = augmentation(self.size, args.crop, args.flip, args.randaugment)
 
     def __getitem__(self, epoch_and_row):
         """-> i, pixels [3, S, S], BLIP's pixels or None, {row: why it is damaged}; the next image stands in for a damaged one.
@@ -231,7 +221,8 @@ class TrainingImages(torch.utils.data.Dataset):
                 continue
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(hash((self.seed, epoch, i)))
-                pixels = blip_lite.to_pixels(self.augment(image), self.size, *self.normalization)
+                seen = self.augment(image) if self.augment else image
+            pixels = blip_lite.to_pixels(seen, self.size, *self.normalization)
             return i, pixels, self.blip_pixels(image) if self.blip_pixels else None, damaged
         return None, None, None, damaged  # an error in a worker would reach the user as its whole stack
 

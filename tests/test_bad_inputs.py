@@ -1,7 +1,7 @@
 """What students do wrong, through the real command lines: every wrong input costs a minute and one clear sentence.
 
 CASES is one table. A case runs in this process (as `runpy` does it, which spares the import of torch), and as a process of its
-own: by default each third one and a dozen, with `-m "slow or not slow"` all of them twice. Whatever goes wrong, the exit status
+own: by default each third one and seven, with `-m "slow or not slow"` all of them twice. Whatever goes wrong, the exit status
 is 1 (2 for the command line itself), one line on stderr names the file or the value and what to do, no output file is there and
 nothing that was there has changed.
 """
@@ -298,8 +298,7 @@ CASES = [
     # ---- checkpoints of train.py
     case("checkpoint executes code", f"{TABLE} {{world}}/cirr --checkpoint x.pt", "x.pt", "damaged or was not written by train.py",
          prepare=evil("x.pt")),
-    case("last.pt executes code", FROM_LAST, "runs/old/last.pt", "was not written by train.py", prepare=evil("runs/old/last.pt"),
-         real=True),
+    case("last.pt executes code", FROM_LAST, "runs/old/last.pt", "was not written by train.py", prepare=evil("runs/old/last.pt")),
     case("pretrained executes code", f"{TRAIN} --pretrained x.pth", "x.pth", "refused", "torch.save", prepare=evil("x.pth")),
     case("pretrained missing", f"{TRAIN} --pretrained none.pth", "none.pth cannot be read", "give a file's path"),
     case("pretrained of another network", f"{TRAIN} --pretrained {{blip}}", "blip.pth", "do not fit this encoder"),
@@ -480,7 +479,7 @@ CASES = [
 
     # ---- options of evaluate.py
     case("no sub-command", "evaluate.py", "command", status=2),
-    case("misspelt sub-command", "evaluate.py tabel", "tabel", "table", status=2, real=True),
+    case("misspelt sub-command", "evaluate.py tabel", "tabel", "table", status=2),
     case("unknown method", "evaluate.py table --methods clip", "clip", "isa", status=2),
     case("unknown benchmark", "evaluate.py check --benchmark coco --data x", "coco", "circo", status=2),
     case("CUDA without CUDA", f"{TABLE} {{world}}/cirr --device cuda", 'device "cuda"', "no CUDA GPU", "cpu"),

@@ -665,7 +665,7 @@ def test_pretraining_pixels_are_those_of_preprocess(pocket_blip):
 
 
 def pretrain_here(monkeypatch, out, *options):
-    arguments = ["--steps", "4", "--batch", "12", "--held-out", "8", "--save-every", "2", "--out", out, *options]
+    arguments = ["--steps", "3", "--batch", "8", "--held-out", "4", "--save-every", "2", "--out", out, *options]
     monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, arguments)])
     pretrain.main()
 
@@ -678,20 +678,20 @@ def test_pretraining_killed_in_a_step_resumes_to_the_same_weights(tmp_path, monk
 
     def killed(*arguments):
         calls.append(0)
-        if len(calls) == 4:
-            raise KeyboardInterrupt  # in the fourth step; the last state is that of step 2
+        if len(calls) == 3:
+            raise KeyboardInterrupt  # in the third step; the last state is that of step 2
         return contrastive_loss(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "contrastive_loss", killed)
         with pytest.raises(KeyboardInterrupt):
             pretrain_here(monkeypatch, tmp_path / "parts.pth")
-    assert not (tmp_path / "parts.pth").exists() and len(calls) == 4
+    assert not (tmp_path / "parts.pth").exists() and len(calls) == 3
     pretrain_here(monkeypatch, tmp_path / "parts.pth")
     whole, parts = (torch.load(tmp_path / f"{name}.pth", weights_only=True)["model"] for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     whole, parts = (json.loads((tmp_path / f"{name}.pth.log").read_text().splitlines()[-1]) for name in ("whole", "parts"))
-    assert whole.pop("seconds") >= 0 and parts.pop("seconds") >= 0 and whole == parts and whole["step"] == 4
+    assert whole.pop("seconds") >= 0 and parts.pop("seconds") >= 0 and whole == parts and whole["step"] == 3
     assert blip_lite.load(tmp_path / "whole.pth", vocab=ROOT / "pocket" / "vocab.txt").image_size == 64
 
 

@@ -26,6 +26,7 @@ import blip_lite
 import isa
 import light_encoders
 import train
+from blip_lite.augment import NeutralRandAugment
 from blip_lite.features import Features
 from blip_lite.images import list_images
 
@@ -180,7 +181,7 @@ def test_a_folder_of_damaged_images(tmp_path):
 
 def test_randaugment_keeps_what_colour_words_mean():
     """On an image of two colours no other colour may appear but the black that shearing brings in."""
-    augment = train.NeutralRandAugment(num_ops=2, magnitude=20)
+    augment = NeutralRandAugment(num_ops=2, magnitude=20)
     picture = np.zeros((64, 64, 3), np.uint8)
     picture[:, :32], picture[:, 32:] = (200, 40, 60), (90, 120, 240)
     allowed, changed = {(200, 40, 60), (90, 120, 240), (0, 0, 0)}, 0
