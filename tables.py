@@ -355,10 +355,10 @@ NOTES = {  # name of a table or figure -> sentences that stand below it in RESUL
         "R@10)."
     ),
     "6": (
-        "At 96 px, from random weights, one epoch: the paper's starred rows, with the seeds that were reached. "
-        "EfficientViT-M2 and MobileViTV2 are ahead of the convolutional three; in the paper the starred rows are level, "
-        "and MobileViTV2 is last. What differs: the phone networks were made for long trainings at 224 px, and end here "
-        "in maps of 3 x 3 or 2 x 2."
+        "At 96 px, from random weights, one epoch: the paper's starred rows. EfficientViT-M2, level with PocketNet, and "
+        "MobileViTV2 are far ahead of the convolutional three; in the paper the starred rows are within three points, and "
+        "MobileViTV2 is last. What differs: the phone networks were made for long trainings at 224 px, and end here in maps "
+        "of 3 x 3 or 2 x 2."
     ),
     "7": (
         "With the paper: where both sides are trained, retrieval breaks down, to chance with the light network, although "
@@ -377,13 +377,13 @@ NOTES = {  # name of a table or figure -> sentences that stand below it in RESUL
     "8": (
         "With the paper: LAR alone is far worse than GCD alone. Here it learns next to nothing: composed queries are as "
         "good as text-only. Against it: beside GCD it adds nothing at equal steps, whatever its weight, and GCD for twice "
-        "the steps, 1.3 times the time, is far better than both. After four epochs the two are level as well: CIRR 58.4 ± "
-        "0.8 with LAR, 59.7 ± 0.6 without; CIRCO 41.5 ± 1.3, 42.4 ± 1.0. LLM text regularization changes nothing beyond "
-        "the spread."
+        "the steps, 1.3 times the time, is far better than both. After four epochs it gains nothing either: CIRR 58.4 ± 0.8 "
+        "with LAR, 59.8 ± 0.4 without; CIRCO 41.5 ± 1.3, 42.6 ± 0.8. LLM text regularization changes nothing beyond the "
+        "spread."
     ),
     "14": (
-        "After four epochs GCD + LAR has 53.1 ± 1.3 in R@10, GCD 49.4 ± 4.0 (two seeds; 51.7 in a third, in bf16), less "
-        "than one spread apart; after one epoch LAR gains nothing. GCD + LLM TR: level."
+        "After four epochs GCD + LAR has 53.1 ± 1.3 in R@10, GCD 49.7 ± 2.9: the one place where LAR may help, by little "
+        "more than a spread of three seeds; after one epoch it gains nothing. GCD + LLM TR: level."
     ),
     "18": (
         "Against the paper: at this length the five are within two spreads of each other; cross-attention adds nothing, "
