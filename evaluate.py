@@ -10,7 +10,6 @@
 
 import argparse
 import json
-import signal
 import statistics
 import sys
 import textwrap
@@ -33,7 +32,7 @@ from blip_lite.checks import check_lengths, check_options, check_output
 from blip_lite.features import autocast, image_features, keep_freed_memory, pick_precision, round_frozen_weights
 from blip_lite.files import replacing
 from blip_lite.images import SUFFIXES, count_files, find_images, list_images, load_images, open_image
-from blip_lite.signals import end_workers
+from blip_lite.signals import end_workers, exit_interrupted, interrupt_on_signals
 from pocket import world
 from pocket.specs import EDIT_KINDS
 from train import load_query_model, read_checkpoint
@@ -518,12 +517,12 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; what is stored of features is kept
+    interrupt_on_signals()
     try:
         arguments.run(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("evaluate.py: interrupted")
+    except KeyboardInterrupt as interrupt:
+        exit_interrupted(interrupt, "evaluate.py: interrupted; what is stored of features is kept")
     finally:
         end_workers()

@@ -49,7 +49,7 @@ import train
 from blip_lite.checks import check_output
 from blip_lite.features import autocast
 from blip_lite.files import replacing
-from blip_lite.signals import end_workers
+from blip_lite.signals import end_workers, exit_interrupted, interrupt_on_signals
 from evaluate import GREEN, nearest_words, overlay, word_rows
 from pocket import drawing, specs
 
@@ -1072,14 +1072,15 @@ def main(args):
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C
+    interrupt_on_signals()
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a closed terminal, without nohup
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
     try:
         failures = main(parse_args())
     except (ValueError, OSError) as error:
         sys.exit(f"tables.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("tables.py: interrupted; the same command goes on from here")
+    except KeyboardInterrupt as interrupt:
+        exit_interrupted(interrupt, "tables.py: interrupted; the same command goes on from here")
     finally:
         end_workers()
     if failures:

@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .checks import check_folder
+from .signals import exit_interrupted
 
 SALESFORCE = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"
 VOCAB_URL = "https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt"
@@ -132,8 +133,8 @@ def main(argv=None):
             download(urls[name], args.to / name, VOCAB_SHA256 if name == "vocab.txt" else None)
     except (ValueError, OSError) as error:
         sys.exit(f"blip_lite.download: {error}")
-    except KeyboardInterrupt:
-        sys.exit("blip_lite.download: stopped; run again to go on from there")
+    except KeyboardInterrupt as interrupt:
+        exit_interrupted(interrupt, "blip_lite.download: stopped; run again to go on from there")
 
 
 if __name__ == "__main__":

@@ -201,6 +201,17 @@ def test_stopped_while_features_are_stored(trained, tmp_path, number):
 
 
 @SIGNALS
+def test_stopped_in_an_evaluation(small_world, tmp_path, number):
+    options = ["--benchmark", "cirr", "--data", small_world / "cirr", "--methods", "image", "--picture", "", "--precision", "fp32"]
+    process = begin("evaluate.py", "table", *options, cwd=tmp_path)
+    assert poll(exists(tmp_path, "cache/features-*.tmp/rows-*.json"), process)
+    os.killpg(process.pid, number)
+    assert finish(process) == 128 + number
+    assert said(tmp_path)[-1] == "evaluate.py: interrupted; what is stored of features is kept"
+    assert not (tmp_path / "runs").exists() and list(tmp_path.glob("cache/features-*.tmp/rows-*.json"))
+
+
+@SIGNALS
 def test_stopped_in_training(trained, tmp_path, number):
     """To the whole process group, as Ctrl-C and `timeout` send it; --save-every is longer than the run."""
     shutil.copytree(trained.cwd / "features", tmp_path / "cache")
