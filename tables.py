@@ -404,8 +404,8 @@ NOTES = {  # name of a table or figure -> sentences that stand below it in RESUL
         "succeed change beyond the spread. The matching head itself is right on 94.9 % of pairs with full captions and "
         "81.8 % with partial ones (`python -m pocket.pretrain --validate pocket`, half of the pairs wrong as LAR draws "
         "them); a head with 85 % did not come in time for these runs (pocket/LOG.md). Harder negatives change nothing "
-        "either (there too). Alone, LAR makes longer tokens that no longer tell one image from another: matching is asked"
-        " about a few pairs a step, GCD about all of the batch."
+        "either (there too). Alone, LAR makes longer tokens that no longer tell one image from another: matching is asked "
+        "about a few pairs a step, GCD about all of the batch."
     ),
 }
 

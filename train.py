@@ -202,7 +202,7 @@ class TrainingImages(torch.utils.data.Dataset):
         self.size, self.normalization = encoder.image_size, encoder.normalization
         self.augment = None
         if args.crop < 1 or args.flip or args.randaugment:
-            from blip_lite.augment import augmentation  # here, because torchvision's import takes longer than torch's
+            from blip_lite.augment import augmentation  # here, because importing torchvision takes as long as torch
 
             self.augment = augmentation(self.size, args.crop, args.flip, args.randaugment)
 
@@ -219,9 +219,11 @@ class TrainingImages(torch.utils.data.Dataset):
             except ValueError as error:
                 damaged[i] = str(error)
                 continue
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(hash((self.seed, epoch, i)))
-                seen = self.augment(image) if self.augment else image
+            seen = image
+            if self.augment:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(hash((self.seed, epoch, i)))
+                    seen = self.augment(image)
             pixels = blip_lite.to_pixels(seen, self.size, *self.normalization)
             return i, pixels, self.blip_pixels(image) if self.blip_pixels else None, damaged
         return None, None, None, damaged  # an error in a worker would reach the user as its whole stack

@@ -345,8 +345,8 @@ def test_drafts_are_removed_after_a_week_unless_a_process_fills_them(tmp_path, b
 
 
 # ------------------------------------------------------------------------------------------------------ precision
-@pytest.mark.parametrize("faster, picked", [(1.2, "fp32"), (2.0, "bf16")])
-def test_precision_is_the_clearly_faster_one(monkeypatch, faster, picked):
+@pytest.mark.parametrize("faster, picked, untried", [(1.2, "fp32", 0), (2.0, "bf16", 0), (0.3, "fp32", 4)])
+def test_precision_is_the_clearly_faster_one(monkeypatch, faster, picked, untried):
     clock, durations = [0.0], iter([1.0] * 6 + [1.0 / faster] * 6)
 
     def now(started=[False]):  # noqa: B006
@@ -356,7 +356,7 @@ def test_precision_is_the_clearly_faster_one(monkeypatch, faster, picked):
         return clock[0]
 
     monkeypatch.setattr(features.time, "perf_counter", now)
-    assert features.pick_precision("cpu") == picked
+    assert features.pick_precision("cpu") == picked and len(list(durations)) == untried
 
 
 def test_rounded_weights_give_what_autocast_gives(blip, images):
