@@ -2,11 +2,13 @@
 
     python -m pocket.pretrain --out pocket/blip.pth      # the committed weights; resumes where it was stopped
     python -m pocket.pretrain --validate pocket          # their held-out figures
+    python -m pocket.pretrain --matching-of FILE --out other.pth    # only the last 900 steps, from these weights
 
 Pairs are drawn anew at every step (pocket.specs.pretraining_pair), so nothing is seen twice and no set has to be stored. What
 differs from BLIP's own recipe: no momentum encoder and no queue (a batch of 192 is large beside a world this small), no decoder
-loss, and captions that are true of other images in the batch are not used as negatives. The last steps are *fine*: batches hold
-twins, images that differ in one thing, and matching also sees captions that are wrong in one thing.
+loss, and captions that are true of other images in the batch are not used as negatives. From step 4,000 on steps are *fine*:
+batches hold twins, images that differ in one thing, and matching also sees captions that are wrong in one thing. From step 5,600
+on only what matching alone uses is trained, also on terser captions: v and t, and with them every ranking, stay as they are.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from tqdm import tqdm
 import blip_lite
 from blip_lite.blip import MEAN, STD
 from blip_lite.checks import check_options, check_output
+from blip_lite.features import autocast, pick_precision
 from blip_lite.files import cut_log, explained, replacing
 from blip_lite.signals import exit_interrupted, interrupt_on_signals, note_signals
 from pocket import specs as language
@@ -37,6 +40,9 @@ LATE_AT = 1750  # the step from which captions also correct themselves at length
 HARD_AT = 2000  # the step from which negatives for matching are as hard as BLIP's
 FINE_LR = 0.5  # of the peak, at the first of them
 FINE_AT = 4000  # the step from which batches hold twins, and matching sees captions that are wrong in one thing
+MATCH_AT = 5600  # the step from which only matching is trained, on the parameters with one of these in their names
+MATCHING = ("crossattention", "itm_head")
+MATCH_WEIGHT = 2.0  # of a true pair's loss in these steps: two wrong pairs are drawn for each
 
 
 def new_model(tokenizer, sizes=SIZES):
@@ -46,6 +52,16 @@ def new_model(tokenizer, sizes=SIZES):
         if "embeddings.weight" in name or name.endswith(("pos_embed", "cls_token")):
             torch.nn.init.normal_(parameter, std=0.02)
     return blip
+
+
+def new_optimizer(blip, step):
+    """AdamW for this step and those of its kind: on all of BLIP, or from MATCH_AT on on what matching alone uses."""
+    for name, parameter in blip.named_parameters():
+        parameter.requires_grad_(step < MATCH_AT or any(part in name for part in MATCHING))
+    trained = [p for p in blip.parameters() if p.requires_grad]
+    decayed = {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05}
+    plain = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([decayed, plain], betas=(0.9, 0.98))
 
 
 def to_pixels(specs):
@@ -84,18 +100,21 @@ def draw_negatives(similarity, true, hardness, count):
     return image, text
 
 
-def matching_loss(blip, words, mask, F_v, texts, images, labels):
-    """ITM on pairs: text texts[i] of words [*, T, d_w] with image images[i] of F_v [B, 1+N, D] -> loss, accuracy."""
+def matching_loss(blip, words, mask, F_v, texts, images, labels, weight=1.0):
+    """ITM on pairs: text texts[i] of words [*, T, d_w] with image images[i] of F_v [B, 1+N, D] -> loss, accuracy.
+
+    weight: of true pairs, beside 1 of wrong ones.
+    """
     logits = by_length(blip.match, words[texts], mask[texts], F_v[images])
-    return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
+    return F.cross_entropy(logits.float(), labels, torch.tensor([1.0, weight])), (logits.argmax(1) == labels).float().mean()
 
 
-def coarse_pairs(similarity, true, hardness):
-    """Half of the batch: each pair, its text with a hard image, its image with a hard text -> texts, images, labels [3B/2]."""
-    half = len(true) // 2
-    own = torch.arange(half)
-    image, text = draw_negatives(similarity, true, hardness, half)
-    labels = torch.cat([torch.ones(half), torch.zeros(2 * half)]).long()
+def coarse_pairs(similarity, true, hardness, count):
+    """Of `count` pairs of the batch: the pair, its text with a hard image, its image with a hard text -> texts, images, labels
+    [3 * count]."""
+    own = torch.arange(count)
+    image, text = draw_negatives(similarity, true, hardness, count)
+    labels = torch.cat([torch.ones(count), torch.zeros(2 * count)]).long()
     return torch.cat([own, own, text]), torch.cat([own, image, own]), labels
 
 
@@ -111,7 +130,7 @@ def fine_pairs(similarity, true, wrong):
 
 
 @torch.no_grad()
-def validate(blip, count=1000, seed=0):
+def validate(blip, count=1000, seed=0, precision="fp32"):
     """Held-out figures on specs of the validation split, in percent.
 
     full / partial: text-to-image R@1 among `count` images with full captions / captions of any length. composed: R@1 of
@@ -124,7 +143,7 @@ def validate(blip, count=1000, seed=0):
     held_out = lambda: language.sample(rng, "val", rng.choice((language.random_scene, language.random_garment)))  # noqa: E731
 
     def encode(texts, specs):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", precision):
             ids, mask = blip.tokenize(texts)
             words = blip.embed_words(ids)
             v, F_v = blip.encode_image(to_pixels(specs))
@@ -138,7 +157,7 @@ def validate(blip, count=1000, seed=0):
         out[f"{name}_R@1"] = 100 * (similarity.argmax(1) == torch.arange(count)).float().mean().item()
         true = torch.from_numpy(language.holds(facts, specs))
         hard = similarity.masked_fill(true, -2).argmax(0)  # [image] -> the wrong text that looks most right
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", precision):
             positive = blip.match(words, mask, F_v).argmax(1) == 1
             negative = blip.match(words[hard], mask[hard], F_v).argmax(1) == 0
             drawn = []
@@ -163,16 +182,26 @@ def validate(blip, count=1000, seed=0):
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up, a plateau, linear to zero over the last 30 %; then half the peak, linear to zero over the fine steps."""
+    """Linear warm-up, a plateau, linear to zero over the last 30 %; then, over the fine steps, from half the peak to zero; and
+    once more from the peak, where only matching is trained."""
     if step < FINE_AT:
         steps = min(steps, FINE_AT)
         return peak * min(1, (step + 1) / WARMUP, (steps - step) / (0.3 * steps))
-    return peak * FINE_LR * min((step - FINE_AT + 1) / WARMUP, (steps - step) / (steps - FINE_AT))
+    if step < MATCH_AT:
+        first, steps, peak = FINE_AT, min(steps, MATCH_AT), peak * FINE_LR
+    else:
+        first = MATCH_AT
+    return peak * min((step - first + 1) / WARMUP, (steps - step) / (steps - first))
 
 
-def batch(rng, size, tokenizer, mix=EARLY_MIX):
-    """size pairs -> pixels [B, 3, 64, 64], ids and mask [B, T], true [B, B] (text i is true of image j)."""
-    specs, captions, facts = zip(*(language.pretraining_pair(rng, mix) for _ in range(size)), strict=True)
+def batch(rng, size, tokenizer, mix=EARLY_MIX, terse=0):
+    """size pairs -> pixels [B, 3, 64, 64], ids and mask [B, T], true [B, B] (text i is true of image j).
+
+    terse: how many of the captions just describe, from terse to full, and nothing else.
+    """
+    rows = [language.pretraining_pair(rng, mix) for _ in range(size)]
+    rows[:terse] = [(spec, *language.describe(spec, rng)) for spec, *_ in rows[:terse]]
+    specs, captions, facts = zip(*rows, strict=True)
     return to_pixels(specs), *tokenizer(list(captions)), torch.from_numpy(language.holds(facts, specs))
 
 
@@ -192,44 +221,51 @@ def fine_batch(rng, size, tokenizer, mix=LATE_MIX):
     return to_pixels(specs), ids, mask, torch.from_numpy(language.holds(facts, specs)), wrong
 
 
-def load_state(path, settings, blip, optimizer):
-    """OUT.state into the model and the optimizer -> the next step. Raises ValueError where it is damaged or of other settings."""
+def load_state(path, settings, blip):
+    """OUT.state into the model -> the next step, the optimizer. Raises ValueError where it is damaged or of other settings."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         other = [name for name, value in settings.items() if state["settings"][name] != value]
         if not other:
             blip.load_state_dict(state["model"])
+            optimizer = new_optimizer(blip, state["step"] - 1)
             optimizer.load_state_dict(state["optimizer"])
-            return state["step"]
+            return state["step"], optimizer
     except Exception:  # torch.load reports damaged files in many ways
         raise ValueError(f"{path}: is damaged or of another version of this program; delete it to start anew") from None
     name = other[0]
-    was = state["settings"][name]
-    raise ValueError(f"{path}: is of --{name} {was}, not {settings[name]}; give --{name} {was}, or delete the file to start anew")
+    option, was = f"--{name.replace('_', '-')}", state["settings"][name]
+    raise ValueError(f"{path}: is of {option} {was}, not {settings[name]}; give {option} {was}, or delete the file to start anew")
 
 
 def main():
     """-> the number of the signal that stopped it, or 0."""
     parser = argparse.ArgumentParser(prog="python -m pocket.pretrain", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--steps", type=int, default=5600, help="the schedule's length; fewer steps mean a weaker BLIP")
+    parser.add_argument("--steps", type=int, default=6500, help="the schedule's length; fewer steps mean a weaker BLIP")
     parser.add_argument("--batch", type=int, default=192, help="pairs a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; one a process where several run side by side")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is faster here")
     parser.add_argument("--held-out", type=int, default=1000, help="images that the held-out figures rank")
     parser.add_argument("--save-every", type=int, default=250, help="steps between states to resume from")
     parser.add_argument("--validate", metavar="FILE", help='only print the held-out figures of these weights; "pocket" = ours')
+    parser.add_argument("--matching-of", metavar="FILE", help=f'begin at step {MATCH_AT} with these weights; "pocket" = ours')
     parser.add_argument("--out", type=Path, default=HERE / "blip.pth", help="weights (fp16); OUT.state resumes, OUT.log tells")
     args = parser.parse_args()
     check_options(parser, args, steps=1, batch=8, seed=0, threads=1, held_out=2, save_every=1)
     if args.lr <= 0:
         parser.error(f"--lr has to be positive, not {args.lr}")
+    if args.matching_of and args.steps <= MATCH_AT:
+        parser.error(f"--steps has to be more than {MATCH_AT} with --matching-of, not {args.steps}: it begins there")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    precision = pick_precision("cpu") if args.precision == "auto" else args.precision
+    load = lambda file: blip_lite.load(file, vocab=None if file == "pocket" else HERE / "vocab.txt")  # noqa: E731
     if args.validate:
-        vocab = None if args.validate == "pocket" else HERE / "vocab.txt"
-        print(json.dumps({k: round(x, 1) for k, x in validate(blip_lite.load(args.validate, vocab=vocab), args.held_out).items()}))
+        figures = validate(load(args.validate), args.held_out, precision=precision)
+        print(json.dumps({k: round(x, 1) for k, x in figures.items()}))
         return
     check_output(args.out)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -237,16 +273,13 @@ def main():
     if not vocab.exists():
         with replacing(vocab) as file:
             file.write(("\n".join(language.vocabulary()) + "\n").encode())
-    blip = new_model(blip_lite.Tokenizer(vocab))
-    decay = [p for p in blip.parameters() if p.ndim > 1]
-    plain = [p for p in blip.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.98)
-    )
     state_file, log_file = Path(f"{args.out}.state"), Path(f"{args.out}.log")
-    start, settings = 0, {name: getattr(args, name) for name in ("steps", "batch", "lr", "seed")}
+    blip = load(args.matching_of) if args.matching_of else new_model(blip_lite.Tokenizer(vocab))
+    settings = {name: getattr(args, name) for name in ("steps", "batch", "lr", "seed", "matching_of")}
+    start = MATCH_AT if args.matching_of else 0
+    optimizer = new_optimizer(blip, start)
     if state_file.exists():
-        start = load_state(state_file, settings, blip, optimizer)
+        start, optimizer = load_state(state_file, settings, blip)
     cut_log(log_file, start)
     print(f"{sum(p.numel() for p in blip.parameters()) / 1e6:.2f} M parameters, steps {start}..{args.steps}")
     began, stop = time.time(), note_signals()
@@ -256,11 +289,14 @@ def main():
         rng, wrong = Rng(f"{args.seed}-{step}"), None
         if step < FINE_AT:
             pixels, ids, mask, true = batch(rng, args.batch, blip.tokenizer, LATE_MIX if step >= LATE_AT else EARLY_MIX)
+        elif step >= MATCH_AT:
+            pixels, ids, mask, true = batch(rng, args.batch, blip.tokenizer, LATE_MIX, terse=args.batch // 2)
+            optimizer = optimizer if step > MATCH_AT else new_optimizer(blip, step)
         else:
             pixels, ids, mask, true, wrong = fine_batch(rng, args.batch * 3 // 4, blip.tokenizer)  # of two texts an image
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", precision):
             v, F_v = blip.encode_image(pixels)
             words = blip.embed_words(ids)
             t = by_length(blip.encode_text, words[: len(v)], mask[: len(v)])
@@ -268,20 +304,24 @@ def main():
         itc = contrastive_loss(v, t, temperature, true)  # in float32: bfloat16 has steps of 0.25 at logits of 50
         hardness = min(1.0, step / HARD_AT)
         similarity = t @ v.T / temperature
-        with torch.autocast("cpu", torch.bfloat16):
-            pairs = coarse_pairs(similarity, true, hardness) if step < FINE_AT else fine_pairs(similarity, true, wrong)
-            itm, accuracy = matching_loss(blip, words, mask, F_v, *pairs)
+        with autocast("cpu", precision):
+            if FINE_AT <= step < MATCH_AT:
+                pairs = fine_pairs(similarity, true, wrong)
+            else:
+                pairs = coarse_pairs(similarity, true, hardness, len(v) if step >= MATCH_AT else len(v) // 2)
+            weight = MATCH_WEIGHT if step >= MATCH_AT else 1.0
+            itm, accuracy = matching_loss(blip, words, mask, F_v, *pairs, weight)
         loss = itc + itm
         if not torch.isfinite(loss):
             raise ValueError(f"the loss is {loss.item()} at step {step}; lower --lr")
-        optimizer.zero_grad(set_to_none=True)
+        blip.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(blip.parameters(), 1.0)
         optimizer.step()
         bar.set_postfix(itc=f"{itc.item():.3f}", itm=f"{itm.item():.3f}", matched=f"{accuracy.item():.2f}")
         last = step + 1 == args.steps
         if (step + 1) % 500 == 0 or last:
-            figures = {k: round(x, 1) for k, x in validate(blip, args.held_out).items()}
+            figures = {k: round(x, 1) for k, x in validate(blip, args.held_out, precision=precision).items()}
             row = {"step": step + 1, "seconds": round(time.time() - began), "itc": round(itc.item(), 4),
                    "itm": round(itm.item(), 4), "temperature": round(temperature.item(), 4), **figures}  # fmt: skip
             with explained(log_file), log_file.open("a") as log:

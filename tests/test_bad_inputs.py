@@ -549,6 +549,10 @@ CASES = [
     case("pretrain goes on from a damaged state", f"{PRETRAIN} --out b.pth", "b.pth.state", "damaged", "delete",
          prepare=content("b.pth.state", "text")),
     case("pretrain's state executes code", f"{PRETRAIN} --out b.pth", "b.pth.state", "delete", prepare=evil("b.pth.state")),
+    case("pretrain's matching before its start", f"{PRETRAIN} --out b.pth --matching-of pocket", "--steps",
+         "more than 5600", status=2),
+    case("pretrain's matching of nothing", f"{PRETRAIN} --out b.pth --steps 5601 --matching-of none.pth",
+         "none.pth: there is no such file"),
     case("pretrain validates nothing", f"{PRETRAIN} --validate none.pth", "none.pth: there is no such file"),
 
     # ---- blip_lite.download

@@ -508,7 +508,7 @@ def test_whatever_is_random_is_the_seeds(trained, tmp_path, more):
 
 
 # ------------------------------------------------------------------------------------------- pocket.pretrain and SEARLE
-PRETRAIN = ["--steps", 4, "--batch", 12, "--held-out", 8, "--save-every", 3]
+PRETRAIN = ["--steps", 4, "--batch", 12, "--held-out", 8, "--save-every", 3, "--precision", "fp32"]
 
 
 def pretrained(path):
@@ -557,7 +557,8 @@ def test_pretraining_survives_signals_and_kills(tmp_path):
 
 def test_pretraining_refuses_states_of_other_settings_and_damaged_ones(tmp_path, monkeypatch):
     out = tmp_path / "a.pth"
-    state = {"model": {}, "optimizer": {}, "step": 2, "settings": {"steps": 4, "batch": 12, "lr": 1e-3, "seed": 0}}
+    settings = {"steps": 4, "batch": 12, "lr": 1e-3, "seed": 0, "matching_of": None}
+    state = {"model": {}, "optimizer": {}, "step": 2, "settings": settings}
     older = {name: x for name, x in state.items() if name != "settings"}
     for content, more, told in (
         (state, ["--batch", 16], "is of --batch 12, not 16"), (state, ["--seed", 3], "is of --seed 0, not 3"),

@@ -614,7 +614,7 @@ def test_matching_negatives_are_wrong_and_at_full_hardness_the_most_alike(hardne
     mask = torch.ones(size, 4, dtype=torch.int64)
     torch.manual_seed(0)
     for _ in range(20):
-        chosen = pretrain.coarse_pairs(similarity, true, hardness)
+        chosen = pretrain.coarse_pairs(similarity, true, hardness, size // 2)
         loss, accuracy = pretrain.matching_loss(Blip(), words, mask, F_v, *chosen)
         assert loss < 1e-6 and accuracy == 1  # so the first half are matches, the rest are not
     pairs = Counter(tuple(pair) for pair in torch.cat(seen).int().tolist())
@@ -623,6 +623,35 @@ def test_matching_negatives_are_wrong_and_at_full_hardness_the_most_alike(hardne
     assert not any(pairs[i, j] for i in range(size) for j in range(size) if i != j and true[i, j])
     hard = pairs[1, 6] + pairs[7, 1]  # a hard image for text 1, a hard text for image 1
     assert hard == 40 if hardness else hard < 20
+    texts, images, labels = pretrain.coarse_pairs(similarity, true, hardness, size)
+    assert len(texts) == len(images) == 3 * size and labels.tolist() == [1] * size + [0] * 2 * size
+    assert texts[: 2 * size].tolist() == 2 * list(range(size)) and images[2 * size :].tolist() == list(range(size))
+
+
+def test_matching_loss_weighs_true_pairs():
+    logits = torch.tensor([[0.0, 2.0], [1.0, -1.0], [3.0, 0.0]])
+
+    class Blip:
+        def match(self, words, mask, F_v):
+            return logits[words[:, 0, 0].long()]
+
+    words, F_v, mask = torch.arange(3.0)[:, None, None].expand(3, 4, 1), torch.zeros(3, 2, 1), torch.ones(3, 4, dtype=torch.int64)
+    own, labels = torch.arange(3), torch.tensor([1, 1, 0])
+    each = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(2)), math.log(1 + math.exp(-3))]
+    for weight, wanted in ((1.0, sum(each) / 3), (2.0, (2 * each[0] + 2 * each[1] + each[2]) / 5)):
+        loss, accuracy = pretrain.matching_loss(Blip(), words, mask, F_v, own, own, labels, weight)
+        assert loss.item() == pytest.approx(wanted, rel=1e-6) and accuracy.item() == pytest.approx(2 / 3)
+
+
+def test_terse_captions_of_a_batch_only_describe_the_same_images():
+    tokenizer = blip_lite.Tokenizer(ROOT / "pocket" / "vocab.txt")
+    usual, terse = (pretrain.batch(Rng(5), 40, tokenizer, terse=count) for count in (0, 20))
+    assert torch.equal(usual[0], terse[0]) and terse[3].diagonal().all()
+    that = tokenizer(["that"])[0][0, 1]
+    length = lambda drawn: drawn[2].sum(1)  # noqa: E731
+    assert (usual[1][:20] == that).any() and not (terse[1][:20] == that).any()
+    assert length(terse)[:20].float().mean() < length(usual)[:20].float().mean()
+    assert torch.equal(length(usual)[20:], length(terse)[20:]) and (terse[1][20:] == that).any()
 
 
 def test_fine_pairs_add_captions_that_are_wrong_in_one_thing():
@@ -654,8 +683,11 @@ def test_learning_rate_of_pretraining():
     assert [rate(2100), rate(2550), rate(3000)] == pytest.approx([2.0, 1.0, 0.0])
     assert pretrain.learning_rate(3999, 6000, 2.0) == pytest.approx(2 / 1200)  # more steps are fine ones, after the others' end
     peak = 2.0 * pretrain.FINE_LR
-    assert pretrain.learning_rate(4200, 6000, 2.0) == pytest.approx(peak * 0.9)
-    assert pretrain.learning_rate(5000, 6000, 2.0) == pytest.approx(peak * 0.5)
+    for steps in (5600, 6600):  # and more than these are for matching
+        assert pretrain.learning_rate(4200, steps, 2.0) == pytest.approx(peak * 0.875)
+        assert pretrain.learning_rate(4800, steps, 2.0) == pytest.approx(peak * 0.5)
+    rate = lambda step: pretrain.learning_rate(step, 6600, 2.0)  # noqa: E731
+    assert [rate(5599), rate(5600), rate(5800), rate(6100), rate(6600)] == pytest.approx([peak / 1600, 0.01, 1.6, 1.0, 0.0])
 
 
 def test_pretraining_pixels_are_those_of_preprocess(pocket_blip):
@@ -665,14 +697,15 @@ def test_pretraining_pixels_are_those_of_preprocess(pocket_blip):
 
 
 def pretrain_here(monkeypatch, out, *options):
-    arguments = ["--steps", "3", "--batch", "8", "--held-out", "4", "--save-every", "2", "--out", out, *options]
-    monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, arguments)])
+    arguments = ["--steps", "3", "--batch", "8", "--held-out", "4", "--save-every", "2", "--precision", "fp32", "--out", out]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, [*arguments, *options])])
     pretrain.main()
 
 
-@pytest.mark.parametrize("fine_at", [pytest.param(4000, marks=pytest.mark.slow), 1])
-def test_pretraining_killed_in_a_step_resumes_to_the_same_weights(tmp_path, monkeypatch, fine_at):
+@pytest.mark.parametrize("fine_at, match_at", [pytest.param(4000, 5600, marks=pytest.mark.slow), (1, 5600), (0, 2), (0, 1)])
+def test_pretraining_killed_in_a_step_resumes_to_the_same_weights(tmp_path, monkeypatch, fine_at, match_at):
     monkeypatch.setattr(pretrain, "FINE_AT", fine_at)
+    monkeypatch.setattr(pretrain, "MATCH_AT", match_at)
     pretrain_here(monkeypatch, tmp_path / "whole.pth")
     calls, contrastive_loss = [], pretrain.contrastive_loss
 
@@ -693,6 +726,26 @@ def test_pretraining_killed_in_a_step_resumes_to_the_same_weights(tmp_path, monk
     whole, parts = (json.loads((tmp_path / f"{name}.pth.log").read_text().splitlines()[-1]) for name in ("whole", "parts"))
     assert whole.pop("seconds") >= 0 and parts.pop("seconds") >= 0 and whole == parts and whole["step"] == 3
     assert blip_lite.load(tmp_path / "whole.pth", vocab=ROOT / "pocket" / "vocab.txt").image_size == 64
+
+
+def test_training_matching_alone_leaves_every_ranking_as_it_is(tmp_path, monkeypatch, pocket_blip):
+    out = tmp_path / "matching.pth"
+    options = ["--steps", pretrain.MATCH_AT + 2, "--lr", 0.5]  # so that two steps of warm-up show in fp16 weights near one
+    pretrain_here(monkeypatch, out, "--matching-of", "pocket", *options)
+    blip = blip_lite.load(out, vocab=ROOT / "pocket" / "vocab.txt")
+    before, after = pocket_blip.state_dict(), blip.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "crossattention" in name or "itm_head" in name}
+    ids, mask = blip.tokenizer(["a red cat", "a photo of a dress with short sleeves"])
+    pixels = pretrain.to_pixels([spec for spec, _ in draws(2, seed=4)])
+    with torch.no_grad():
+        (v, F_v), (w, F_w), words = pocket_blip.encode_image(pixels), blip.encode_image(pixels), blip.embed_words(ids)
+        assert torch.equal(v, w) and torch.equal(F_v, F_w)
+        assert torch.equal(pocket_blip.encode_text(pocket_blip.embed_words(ids), mask), blip.encode_text(words, mask))
+        assert not torch.allclose(pocket_blip.match(words, mask, F_v), blip.match(words, mask, F_v), atol=1e-3)
+    assert json.loads((tmp_path / "matching.pth.log").read_text())["step"] == pretrain.MATCH_AT + 2
+    with pytest.raises(ValueError, match="is of --matching-of pocket, not None; give --matching-of pocket, or delete"):
+        pretrain_here(monkeypatch, out, *options)
 
 
 def test_unknown_options_of_the_world_and_pretraining_are_errors(monkeypatch, capsys):
