@@ -1,7 +1,7 @@
 """Pre-train pocket BLIP from nothing on drawn pairs: image-text contrast (ITC) and image-text matching (ITM), as BLIP does.
 
     python -m pocket.pretrain --out pocket/blip.pth      # the committed weights; resumes where it was stopped
-    python -m pocket.pretrain --validate pocket          # their held-out figures
+    python -m pocket.pretrain --validate pocket          # their held-out figures; --seed 1 draws other images
     python -m pocket.pretrain --matching-of FILE --out other.pth    # only the last 900 steps, from these weights
 
 Pairs are drawn anew at every step (pocket.specs.pretraining_pair), so nothing is seen twice and no set has to be stored. What
@@ -264,7 +264,7 @@ def main():
     precision = pick_precision("cpu") if args.precision == "auto" else args.precision
     load = lambda file: blip_lite.load(file, vocab=None if file == "pocket" else HERE / "vocab.txt")  # noqa: E731
     if args.validate:
-        figures = validate(load(args.validate), args.held_out, precision=precision)
+        figures = validate(load(args.validate), args.held_out, args.seed, precision)
         print(json.dumps({k: round(x, 1) for k, x in figures.items()}))
         return
     check_output(args.out)
