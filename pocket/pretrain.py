@@ -286,14 +286,14 @@ def main():
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
     for step in bar:
         torch.manual_seed(args.seed * 1_000_003 + step)  # a resumed run draws the same negatives
-        rng, wrong = Rng(f"{args.seed}-{step}"), None
-        if step < FINE_AT:
-            pixels, ids, mask, true = batch(rng, args.batch, blip.tokenizer, LATE_MIX if step >= LATE_AT else EARLY_MIX)
-        elif step >= MATCH_AT:
-            pixels, ids, mask, true = batch(rng, args.batch, blip.tokenizer, LATE_MIX, terse=args.batch // 2)
-            optimizer = optimizer if step > MATCH_AT else new_optimizer(blip, step)
-        else:
+        rng, fine, matching_alone = Rng(f"{args.seed}-{step}"), FINE_AT <= step < MATCH_AT, step >= MATCH_AT
+        if step == MATCH_AT:
+            optimizer = new_optimizer(blip, step)
+        if fine:
             pixels, ids, mask, true, wrong = fine_batch(rng, args.batch * 3 // 4, blip.tokenizer)  # of two texts an image
+        else:
+            mix, terse = LATE_MIX if step >= LATE_AT else EARLY_MIX, args.batch // 2 if matching_alone else 0
+            pixels, ids, mask, true = batch(rng, args.batch, blip.tokenizer, mix, terse)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
         with autocast("cpu", precision):
@@ -305,12 +305,11 @@ def main():
         hardness = min(1.0, step / HARD_AT)
         similarity = t @ v.T / temperature
         with autocast("cpu", precision):
-            if FINE_AT <= step < MATCH_AT:
+            if fine:
                 pairs = fine_pairs(similarity, true, wrong)
             else:
-                pairs = coarse_pairs(similarity, true, hardness, len(v) if step >= MATCH_AT else len(v) // 2)
-            weight = MATCH_WEIGHT if step >= MATCH_AT else 1.0
-            itm, accuracy = matching_loss(blip, words, mask, F_v, *pairs, weight)
+                pairs = coarse_pairs(similarity, true, hardness, len(v) if matching_alone else len(v) // 2)
+            itm, accuracy = matching_loss(blip, words, mask, F_v, *pairs, weight=MATCH_WEIGHT if matching_alone else 1.0)
         loss = itc + itm
         if not torch.isfinite(loss):
             raise ValueError(f"the loss is {loss.item()} at step {step}; lower --lr")
