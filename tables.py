@@ -335,9 +335,9 @@ FIGURE_RUNS = {"fig4": ("tokens-2", "isa", "tokens-10"), "fig5": ("isa",), "fig6
 NOTES = {  # name of a table or figure -> sentences that stand below it in RESULTS.md, written by hand from the results
     "2": (
         "The order of the paper: ISA above SEARLE and Pic2Word, those above text-only and image + text. Against it: the "
-        "symmetric variant stands below all of them. It says more of its image (GCD 0.04 at the end, ISA 0.65 after this "
+        "symmetric variant stands below all of them. It says more of its image (GCD 0.04 at the end, ISA 0.73 after this "
         "one epoch) and is the better one where a single thing changes, but a description of the target does not override "
-        "it (R@1 28-44 there, ISA 63). The half-weighted sum, which the paper does not have, is above everything here."
+        "it (R@1 27-39 there, ISA 63). The half-weighted sum, which the paper does not have, is above everything here."
     ),
     "3": (
         "Against the paper: ISA does not stand above Pic2Word and SEARLE, all three are within two points. One word seems "
@@ -355,7 +355,7 @@ NOTES = {  # name of a table or figure -> sentences that stand below it in RESUL
         "words."
     ),
     "11": (
-        "With the paper: on garments, which have eight attributes each, one word is too short (35.6 against 39.9 in "
+        "With the paper: on garments, which have eight attributes each, one word is too short (35.6 against 39.2 in "
         "R@10)."
     ),
     "6": (
@@ -402,7 +402,8 @@ NOTES = {  # name of a table or figure -> sentences that stand below it in RESUL
         "With the paper: one word is the least. The learner's parts differ by no more than two spreads."
     ),
     "fig3": (
-        "With the paper: more tokens are not always better. Scenes are best with two, garments need more."
+        "With the paper: more tokens are not always better. Scenes are best with two; garments rather need more, within the "
+        "spread."
     ),
     "lar": (
         "After one epoch LAR changes nothing beyond the spread: the learnt words are already true words of their image "
