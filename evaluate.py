@@ -10,46 +10,56 @@
 
 import argparse
 import json
-import statistics
-import sys
-import textwrap
 from functools import partial
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 import baselines
 import benchmarks
-import blip_lite
 import isa
-import light_encoders
-from blip_lite.checks import check_lengths, check_options, check_output
-from blip_lite.features import autocast, image_features, keep_freed_memory, pick_precision, round_frozen_weights
-from blip_lite.files import replacing
-from blip_lite.images import SUFFIXES, count_files, find_images, list_images, load_images, open_image
-from blip_lite.signals import end_workers, exit_interrupted, interrupt_on_signals
+import query_side
+from baselines.searle import invert
+from benchmarks.layout import require_images
+from benchmarks.report import print_table, summarize
+from plumbing.command import run_command
+from plumbing.features import image_features
+from plumbing.files import check_output, replacing, write_json
+from plumbing.images import check_images, list_images, load_images
+from plumbing.options import add_shared_options, check_lengths, check_options
+from plumbing.pictures import draw_picture
+from plumbing.precision import autocast, open_blip
 from pocket import world
 from pocket.specs import EDIT_KINDS
-from train import load_query_model, read_checkpoint
+from query_side.query_model import load_query_model, read_checkpoint
 
 POCKET_DATA = "data/pocket"
+
+
 SIMPLE = {  # method -> query features from (blip, v of the reference, modifiers)
     "image": baselines.image_only,
     "text": baselines.text_only,
     "image+text": baselines.image_plus_text,
     "0.5image+text": partial(baselines.image_plus_text, image_weight=0.5),
 }
+
+
 CEILINGS = {  # the same through captions of what the pocket world really drew: how far its BLIP could get at all
     "reference caption": "what the light encoder would have to say",
     "target caption": "what the modifier is about",
 }
+
+
 CHECKPOINTS = {"isa": "checkpoint", "pic2word": "pic2word", "searle": "searle"}  # query models -> the options that name their files
+
+
 METHODS = (*SIMPLE, *CHECKPOINTS, "searle-oti", *CEILINGS)
+
+
 DEFAULT_METHODS = (*SIMPLE, "isa", *CEILINGS)
 
 
@@ -79,8 +89,8 @@ def encode_queries(encode, queries, precision, device, batch_size=256):
 @torch.no_grad()
 def through_query_model(query_model, paths, precision, device, workers):
     """Image files -> U [M, L, d_w], what a phone would send for each, and v [M, E] where the model serves the gallery too."""
-    preprocess = partial(light_encoders.preprocess, query_model.encoder)
-    two_sided = isinstance(query_model, baselines.TwoSidedModel)
+    preprocess = partial(query_side.preprocess, query_model.encoder)
+    two_sided = isinstance(query_model, query_side.TwoSidedModel)
     sentences, features = [], []
     batches = load_images(list_images(paths), preprocess, 128, workers)
     for _, pixels, bad in tqdm(batches, desc="sentences", unit="batch", leave=False, disable=None):
@@ -154,41 +164,19 @@ class Setting:
     def invert(self, v):
         """SEARLE's optimization-based inversion of images, given by v [R, E] -> words [R, 1, d_w]; minutes."""
         regularize = baselines.TextRegularization(self.blip, baselines.read_sentences(self.sentences), precision=self.precision)
-        return baselines.invert(self.blip, v, regularize, precision=self.precision)
+        return invert(self.blip, v, regularize, precision=self.precision)
 
     def rank(self, q, query_model=None, k=50):
         """Query features -> rankings, and CIRR's subset rankings (else None). The gallery's features are the frozen BLIP's, unless
         the query model was trained for both sides."""
         gallery = self.gallery
-        if isinstance(query_model, baselines.TwoSidedModel):
+        if isinstance(query_model, query_side.TwoSidedModel):
             paths = [self.benchmark.paths[name] for name in self.benchmark.gallery]
             _, gallery = through_query_model(query_model, paths, self.precision, self.blip.temp.device, self.workers)
         subsets = benchmarks.rank_subsets(self.benchmark, q, gallery) if self.benchmark.name == "cirr" else None
         return benchmarks.rank(self.benchmark, q, gallery, k), subsets
 
 
-def require_images(benchmark):
-    """ValueError where image files are missing, before any model is loaded: a gallery is never silently smaller."""
-    missing = benchmarks.missing_images(benchmark)
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(benchmark.paths)} images of {benchmark.name} are missing or empty, the first is "
-            f"{benchmark.paths[missing[0]]}; `python evaluate.py check` shows the expected tree"
-        )
-
-
-def open_blip(args):
-    """The frozen BLIP that the options name, and the precision ("bf16" or "fp32") to run it in."""
-    keep_freed_memory()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=args.device)
-    precision = pick_precision(args.device) if args.precision == "auto" else args.precision
-    round_frozen_weights(blip, precision)
-    return blip, precision
-
-
-# ---------------------------------------------------------------------------------------------- table
 def open_benchmarks(args):
     """The benchmarks that the options ask for, complete; the pocket world is drawn first where it is missing."""
     if args.data is None:
@@ -208,12 +196,6 @@ def open_benchmarks(args):
                 f"{benchmark.name} {benchmark.split} has no ground truth; `python evaluate.py submit` writes what its server scores"
             )
     return loaded
-
-
-def summarize(results):
-    """A list of {metric: value} over seeds -> {metric: [mean, standard deviation]}."""
-    return {m: [statistics.mean(r[m] for r in results), statistics.stdev([r[m] for r in results]) if len(results) > 1 else 0.0]
-            for m in results[0]}  # fmt: skip
 
 
 def check_modifiers(blip, benchmark, trained):
@@ -236,7 +218,7 @@ def table(args):
     if args.picture and Image.registered_extensions().get(Path(args.picture).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{args.picture}: PIL writes no such format; give a name that ends in .png")
     opened = open_benchmarks(args)
-    blip, precision = open_blip(args)
+    blip, precision = open_blip(vars(args))
     models = {m: [load_query_model(path, blip) for path in paths] for m, paths in checkpoints.items()}
     trained = [{"prompt": "", "tokens": 0}, *(settings for runs in models.values() for _, settings in runs)]
     for benchmark in opened:
@@ -258,6 +240,7 @@ def table(args):
                 scores.setdefault(benchmark.name, {}).setdefault(method, {}).setdefault(seed, []).append(result)
                 if method == "isa" and picture is None and args.picture:
                     picture = draw_picture(setting, rankings)
+    several = [m for m, option in CHECKPOINTS.items() if len(getattr(args, option)) > 1]
     for name, methods in scores.items():
         rows = {}
         for method, seeds in methods.items():
@@ -267,7 +250,7 @@ def table(args):
             for i, category in enumerate(benchmarks.CATEGORIES if name == "fashioniq" else ()):
                 rows[method][category] = summarize([parts[i][0] for parts in seeds.values()])
         report["results"][name] = rows
-        print_table(name, rows, args)
+        print_table(name, rows, args.split or "test", several)
     write_json(args.json, report)
     print(f"\nwrote {args.json}")
     if picture is not None:
@@ -278,78 +261,6 @@ def table(args):
         print(f"wrote {args.picture}: query, modifier, the five best; framed = the target")
 
 
-GREEN, RED = (30, 160, 60), (215, 20, 20)  # frames of targets; what a token looks at
-
-
-def print_table(name, rows, args):
-    """Rows {method: {"all" or a kind: {metric: [mean, spread]}}} as text."""
-    metrics = [m for m in next(iter(rows.values()))["all"] if m[:2] != "Rs" and not (name == "circo" and m[0] == "R")]
-    kinds = [k for k in EDIT_KINDS if k in next(iter(rows.values()))]
-    titles = [*metrics, *(f"{benchmarks.HEADLINE[name]} {kind}" for kind in kinds)]
-    spread = any(method in rows and len(getattr(args, option)) > 1 for method, option in CHECKPOINTS.items())
-    seeds = ", mean ± standard deviation over seeds where there are several" if spread else ""
-    print(f"\n{name} ({args.split or 'test'}), percent{seeds}")
-    print(f"{'method':18s}" + "".join(f"{t:>{max(8, len(t) + 2) + 6 * spread}s}" for t in titles))
-    for method, parts in rows.items():
-        values = [parts["all"][m] for m in metrics] + [parts[k][benchmarks.HEADLINE[name]] for k in kinds]
-        cells = [f"{mean:.2f} ± {sd:.2f}" if spread and method in CHECKPOINTS else f"{mean:.2f}" for mean, sd in values]
-        print(f"{method:18s}" + "".join(f"{c:>{max(8, len(t) + 2) + 6 * spread}s}" for c, t in zip(cells, titles, strict=True)))
-
-
-def draw_picture(setting, rankings, count=6, top=5, side=96):
-    """The first queries of each type: reference, modifier, best images; a frame marks the targets. -> PIL image."""
-    benchmark = setting.benchmark
-    order = sorted(range(len(benchmark.queries)), key=lambda i: (len(benchmark.queries[i].captions[0]) > 44, i % 97))
-    chosen = [benchmark.queries[i] for i in order[:count]]
-    sheet = Image.new("RGB", (side * (top + 4) + 8, (side + 8) * count + 8), "white")
-    pen = ImageDraw.Draw(sheet)
-    for line, query in enumerate(chosen):
-        y = 8 + line * (side + 8)
-
-        def paste(name, x, frame=None, y=y):
-            image = blip_lite.to_rgb(open_image(benchmark.paths[name])).resize((side - 8, side - 8))
-            if frame:
-                pen.rectangle((x - 4, y - 4, x + side - 5, y + side - 5), fill=frame)
-            sheet.paste(image, (x, y))
-
-        paste(query.reference, 8)
-        pen.multiline_text((side + 8, y + 24), textwrap.fill(f"that {query.captions[0]}", 34), fill="black", font_size=15)
-        for i, name in enumerate(rankings[query.id][:top]):
-            paste(name, side * (4 + i) + 4, GREEN if name in query.targets else None)
-    return sheet
-
-
-def overlay(image, weights):
-    """A faded image under the weights [H, W] of one token, in red; the deepest red is the token's own maximum."""
-    weights = np.asarray(weights, np.float32)
-    mask = Image.fromarray(0.75 * weights / max(float(weights.max()), 1e-9)).resize(image.size, Image.Resampling.BILINEAR)
-    faded = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "white"), 0.5)
-    red = Image.new("RGB", image.size, RED)
-    return Image.composite(red, faded, Image.fromarray((255 * np.asarray(mask)).astype(np.uint8)))
-
-
-def word_rows(blip):
-    """The whole words of BLIP's vocabulary, without single letters, pieces and special tokens -> words, rows [V, d_w]."""
-    kept = [(word, i) for word, i in blip.tokenizer.vocab.items() if word.isalpha() and len(word) > 1]
-    return [word for word, _ in kept], blip.text_encoder.embeddings.word_embeddings.weight[[i for _, i in kept]]
-
-
-@torch.no_grad()
-def nearest_words(blip, U):
-    """Sentences U [M, L, d_w] -> for each token the word whose row is nearest, lists of M x L strings, and the cosines [M, L]."""
-    words, rows = word_rows(blip)
-    cosine, nearest = (F.normalize(U.float(), dim=-1) @ F.normalize(rows, dim=-1).T).max(dim=-1)  # [M, L]
-    return [[words[i] for i in row] for row in nearest.tolist()], cosine
-
-
-def write_json(path, value):
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(json.dumps(value, indent=1).encode())
-
-
-# ---------------------------------------------------------------------------------------------- score, submit, check
 def annotated(args):
     """The benchmark's parts of one split: one, or FashionIQ's three categories."""
     categories = benchmarks.CATEGORIES if args.benchmark == "fashioniq" else (None,)
@@ -383,7 +294,7 @@ def submit(args):
     parts, out = annotated(args), Path(args.out)
     for benchmark in parts:
         require_images(benchmark)
-    blip, precision = open_blip(args)
+    blip, precision = open_blip(vars(args))
     model, trained = load_query_model(args.checkpoint, blip)
     for benchmark in parts:
         check_modifiers(blip, benchmark, [trained])
@@ -427,46 +338,6 @@ def check(args):
         raise ValueError(f"{args.data} is not complete; see the list above{hint}")
 
 
-TRAINING_TREE = f"""\
-NAME.jpg or {", ".join(SUFFIXES[1:])}, in any sub-folders
-00000.tar                                         shards of such images, uncompressed, as img2dataset writes them"""
-
-
-def check_images(args, sample=200):
-    """A training folder: what train.py would find there. A random sample of its images is decoded, all empty ones are found."""
-    print(f"expected below {args.images}:\n\n{TRAINING_TREE}\n")
-    taken, others, empty = count_files(args.images)
-    for what, counts in (("images and shards", taken), ("passed over", others)):
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items(), key=lambda pair: -pair[1])[:8])
-        print(f"{what}: {sum(counts.values())} files{f' ({kinds})' if kinds else ''}")
-    images = find_images(args.images, args.cache_dir)
-    rows = sorted(Random(0).sample(range(len(images)), min(sample, len(images))))
-    damaged = []
-    for i in rows:
-        try:
-            images.open(i)
-        except ValueError as error:
-            damaged.append(str(error))
-    print(f"{len(images)} images to train on; {len(empty)} are empty; of {len(rows)} that were decoded {len(damaged)} are damaged")
-    for why in [*(f"{path}: is empty" for path in empty), *damaged][:5]:
-        print(f"  {why}")
-    if len(empty) > 0.01 * len(images) or len(damaged) > 0.01 * len(rows):
-        raise ValueError(f"{args.images}: more than 1 % of the images are damaged; mend them, or train with --skip-bad-images")
-
-
-# ---------------------------------------------------------------------------------------------- command line
-def add_model_options(p):
-    """What every command asks that has BLIP look at images; search.py too."""
-    p.add_argument("--blip", default="pocket", help='"pocket", or the checkpoint that ISA was trained against')
-    p.add_argument("--vocab", help="BERT's vocab.txt, where it does not lie beside the checkpoint")
-    p.add_argument("--image-size", type=int, help="side in pixels that BLIP sees; the same as in training")
-    p.add_argument("--cache-dir", default="cache", help="folder for the gallery's features")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is faster here")
-    p.add_argument("--workers", type=int, default=1, help="processes that decode images")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads (0 = all); 1 where several processes share a machine")
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -491,7 +362,7 @@ def parse_args(argv=None):
     p.add_argument("--sentences", default="pocket/sentences.json", help="for searle-oti: JSON, concept -> list of sentences")
     p.add_argument("--json", default="runs/table.json", help="the table with its settings")
     p.add_argument("--picture", default="runs/retrieved.png", help='some queries and what ISA found; "" = none')
-    add_model_options(p)
+    add_shared_options(p)
 
     p = command("score", score, "score a prediction file; needs annotations only", "required")
     p.add_argument("--split", default="val")
@@ -502,7 +373,7 @@ def parse_args(argv=None):
     p.add_argument("--split", required=True)
     p.add_argument("--checkpoint", required=True)
     p.add_argument("--out", required=True, help="CIRR: a second file NAME_subset.json is written beside it")
-    add_model_options(p)
+    add_shared_options(p)
 
     p = command("check", check, "compare a folder with the layout that is expected", "or --images")
     p.add_argument("--splits", nargs="+", help="default: those that evaluation asks for and whose annotations are there, or val")
@@ -517,12 +388,4 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    interrupt_on_signals()
-    try:
-        arguments.run(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
-    except KeyboardInterrupt as interrupt:
-        exit_interrupted(interrupt, "evaluate.py: interrupted; what is stored of features is kept")
-    finally:
-        end_workers()
+    run_command("evaluate.py", arguments.run, arguments, "interrupted; stored features are kept")

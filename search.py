@@ -14,31 +14,28 @@ import hashlib
 import json
 import os
 import sys
-import textwrap
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import benchmarks
 import blip_lite
 import isa
-import light_encoders
-from blip_lite.checks import check_folder, check_lengths, check_options, check_output
-from blip_lite.features import autocast
-from blip_lite.files import explained, locked, replacing
-from blip_lite.images import SUFFIXES, identity, list_images, load_images, open_image, walk
-from blip_lite.signals import exit_interrupted, interrupt_on_signals
-from evaluate import add_model_options, nearest_words, open_blip, overlay, write_json
-from train import load_query_model
+import query_side
+from plumbing.command import run_command
+from plumbing.files import check_folder, check_output, explained, locked, replacing, write_json
+from plumbing.images import SUFFIXES, identity, list_images, load_images, open_image, walk
+from plumbing.options import add_shared_options, check_lengths, check_options
+from plumbing.pictures import contact_sheet, nearest_words
+from plumbing.precision import autocast, open_blip
+from query_side.query_model import load_query_model
 
 BATCH = 64  # photos between two writes of the index: what a kill can lose
 
 
-# ---------------------------------------------------------------------------------------------- the index of a folder
 def photos_below(folder):
     """Paths of the photos in a folder and its sub-folders, in a fixed order. Raises ValueError where there are none."""
     if not Path(folder).is_dir():
@@ -107,13 +104,12 @@ def encode(blip, paths, precision, workers):
             bar.update(len(rows) + len(bad))
 
 
-# ---------------------------------------------------------------------------------------------- the query
 @torch.no_grad()
 def compose(blip, model, image, text, prompt, precision):
     """A PIL image and a text -> q [1, E], U [1, L, d_w], and (grouping, cross) maps [L, H, W], None where the mapper has none."""
     device = blip.temp.device
     with autocast(device, precision):
-        feature_map = model.encoder(light_encoders.preprocess(model.encoder, image)[None].to(device))
+        feature_map = model.encoder(query_side.preprocess(model.encoder, image)[None].to(device))
         U = model.mapper(feature_map)
         q = blip.encode_text(*isa.compose_query(blip, U, [text], prompt))
         maps = model.mapper.attention_maps(feature_map) if hasattr(model.mapper, "attention_maps") else (None, None)
@@ -134,11 +130,11 @@ def search(args):
         raise ValueError(f"{args.image}: there is no such image; give the query image with --image")
     image = blip_lite.to_rgb(open_image(args.image))
     paths = photos_below(args.gallery)
-    blip, precision = open_blip(args)
+    blip, precision = open_blip(vars(args))
     indexed = [p for p in ("fp32", "bf16") if place_of_index(blip, args.gallery, p, args.cache_dir).exists()]
     if args.precision == "auto" and indexed and precision not in indexed:  # auto is timed: a busy moment must not cost an index
         args.precision = indexed[0]
-        blip, precision = open_blip(args)
+        blip, precision = open_blip(vars(args))
     args.precision = precision  # for the settings in --json
     model, trained = load_query_model(args.checkpoint, blip)
     if trained["gallery"] == "query":
@@ -159,73 +155,6 @@ def search(args):
     return [paths[kept[i]] for i in best], scores, image, nearest_words(blip, U)[0][0], maps
 
 
-# ---------------------------------------------------------------------------------------------- the contact sheet
-TILE, SIDE, PHOTO, MARGIN, ACROSS = 72, 220, 150, 16, 5  # pixels: a map, the query, a photo found, what is left empty; photos a row
-GREY, PAPER = (110, 110, 110), (244, 244, 244)  # small print; what lies under a photo that is not square
-
-
-def scaled(image, side):
-    """The image with its proportions kept, its longer side `side` pixels long."""
-    size = [max(1, round(x * side / max(image.size))) for x in image.size]
-    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
-
-
-def paste(sheet, image, x, y, side):
-    """Put an image in the middle of a square of the sheet."""
-    image = scaled(image, side)
-    sheet.paste(PAPER, (x, y, x + side, y + side))
-    sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
-
-
-def shortened(text, font, width):
-    """The text, its middle left out until it is at most `width` pixels long."""
-    if font.getlength(text) <= width:
-        return text
-    half = len(text) // 2
-    while half > 1 and font.getlength(f"{text[:half]}...{text[-half:]}") > width:
-        half -= 1
-    return f"{text[:half]}...{text[-half:]}"
-
-
-def contact_sheet(query, text, words, maps, found, scores):
-    """Left the query: image, text, and for each of its L tokens the nearest word, what it owns and what it looks at. Right the
-    photos at the paths `found`, with rank, score and name. -> PIL image.
-    """
-    small, middle = ImageFont.load_default(12), ImageFont.load_default(15)
-    rows = [(label, m) for label, m in (("owns (Eq. 1)", maps[0]), ("looks at (Eq. 4)", maps[1])) if m is not None]
-    step, row = TILE + 6, TILE + 22
-    per_line = min(len(words), 6)
-    left = max(per_line * step, 2 * SIDE) + 2 * MARGIN
-    text_lines = textwrap.wrap(f"that {text}", 24) if text.strip() else ["(no text)"]
-    top = max(SIDE, 20 * len(text_lines)) + 2 * MARGIN
-    bottom = top + -(-len(words) // per_line) * (len(rows) * row + 30)
-    cell = PHOTO + 44
-    across = min(ACROSS, len(found))
-    size = left + MARGIN + across * (PHOTO + MARGIN), max(bottom, MARGIN + -(-len(found) // across) * cell)
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-
-    paste(sheet, query, MARGIN, MARGIN, SIDE)
-    pen.multiline_text((MARGIN * 2 + SIDE, MARGIN), "\n".join(text_lines), fill="black", font=middle, spacing=5)
-    query = scaled(query, TILE)
-    for i, word in enumerate(words):
-        x, y = MARGIN + i % per_line * step, top + i // per_line * (len(rows) * row + 30)
-        pen.text((x, y), shortened(f"u{i + 1} {word}", small, TILE + 4), fill="black", font=small)
-        for n, (label, weights) in enumerate(rows):
-            if x == MARGIN:
-                pen.text((x, y + 17 + n * row), label, fill=GREY, font=small)
-            paste(sheet, overlay(query, weights[i]), x, y + 34 + n * row, TILE)
-
-    for i, (path, score) in enumerate(zip(found, scores, strict=True)):
-        x, y = left + MARGIN + i % across * (PHOTO + MARGIN), MARGIN + i // across * cell
-        paste(sheet, blip_lite.to_rgb(open_image(path)), x, y, PHOTO)
-        pen.text((x, y + PHOTO + 3), f"{i + 1}.  {score:.3f}", fill="black", font=small)
-        name = os.fsencode(os.path.basename(path)).decode(errors="replace")
-        pen.text((x, y + PHOTO + 18), shortened(name, small, PHOTO), fill=GREY, font=small)
-    return sheet
-
-
-# ---------------------------------------------------------------------------------------------- command line
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--gallery", required=True, help=f"folder of photos ({' '.join(SUFFIXES)}), searched with its sub-folders")
@@ -237,7 +166,7 @@ def parse_args(argv=None):
     p.add_argument("--json", help='write the result to this file; "-" = print it, instead of the list')
     p.add_argument("--keep-query", action="store_true", help="do not leave the query image out")
     p.add_argument("--checkpoint", default=str(Path(__file__).resolve().parent / "pocket" / "isa.pt"), help="isa.pt of train.py")
-    add_model_options(p)
+    add_shared_options(p)
     args = p.parse_args(argv)
     check_options(p, args, top=1, workers=0, threads=0)
     if args.out and Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg"):
@@ -270,11 +199,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    interrupt_on_signals()
-    arguments = parse_args()
-    try:
-        main(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"search.py: {error}")
-    except KeyboardInterrupt as interrupt:
-        exit_interrupted(interrupt, "search.py: interrupted; what was indexed is kept, the next search goes on from there")
+    run_command("search.py", main, parse_args(), "interrupted; indexed photos are kept, the next search continues from there")

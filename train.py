@@ -12,41 +12,28 @@ runs/NAME/isa.pt (the query side, all that evaluation needs), runs/NAME/last.pt 
 import argparse
 import json
 import math
-import os
 import sys
 import time
-import warnings
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from signal import SIGTERM
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import baselines
 import blip_lite
 import isa
-import light_encoders
-from blip_lite.checks import check_finite, check_folder, check_lengths, check_options
-from blip_lite.features import (
-    autocast,
-    bytes_per_image,
-    from_the_first,
-    image_features,
-    keep_freed_memory,
-    pick_precision,
-    process,
-    round_frozen_weights,
-    wait_for_all,
-)
-from blip_lite.files import cut_log, explained, replacing
-from blip_lite.images import find_images
-from blip_lite.signals import end_workers, exit_interrupted, ignore_signals, interrupt_on_signals, note_signals
+import query_side
+from plumbing.command import ignore_signals, note_signals, run_command
+from plumbing.files import check_folder, cut_log, explained
+from plumbing.options import check_lengths, check_options
+from plumbing.precision import autocast, keep_freed_memory, pick_precision, round_frozen_weights
+from plumbing.processes import agree, from_the_first, gather, join_processes, process, wait_for_all
+from plumbing.training_data import TrainingImages, batches, open_images
 from pocket import world
+from query_side.query_model import MAPPERS, build_query_model, read_checkpoint, resume, save, step_of
 
 PRESETS = {
     "pocket": dict(blip="pocket", images="data/pocket/train", encoder="pocketnet", image_size=None, epochs=4, batch=128,
@@ -54,14 +41,8 @@ PRESETS = {
     "paper": dict(blip=None, images=None, encoder="efficientnet_b2", image_size=224, epochs=20, batch=320, lr=3e-4, crop=0.5,
                   flip=True, randaugment=5, name="paper", pretrained="imagenet", cache="none"),
 }  # fmt: skip
-MAY_CHANGE = {"name", "images", "cache", "cache_dir", "workers", "threads", "resume", "overwrite", "device", "save_every", "blip",
-              "vocab", "compile"}  # fmt: skip
-OTHER_VERSION = "was written by another version of this program; train again, with --overwrite or another --name"
-MAPPERS = ("atl", "st", "atl-no-ca", "atl-no-sa", "mlp")
-RUN = 1000  # images that follow each other on disk and stay together when an epoch is shuffled, up to --shuffle-buffer
 
 
-# ---------------------------------------------------------------------------------------------- settings
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--preset", choices=PRESETS, default="pocket", help="the defaults of what follows: a laptop's or the paper's")
@@ -77,7 +58,7 @@ def parse_args(argv=None):
                       "close together, for shards on slow or distant disks; the numbers are held, not the images")
     data.add_argument("--skip-bad-images", action="store_true", help="go on even if more than 1 %% of the images are damaged")
     query = p.add_argument_group("query model")
-    query.add_argument("--encoder", choices=light_encoders.NAMES, help="the light network; blip = BLIP's own, frozen (Sym, "
+    query.add_argument("--encoder", choices=query_side.NAMES, help="the light network; blip = BLIP's own, frozen (Sym, "
                        "Tables 2-4); blip-tuned = a trained copy of it (Table 7, dagger); blip-v = BLIP's v alone (Pic2Word)")
     query.add_argument("--query-size", type=int, help="side in pixels that the light network sees (default: its own)")
     query.add_argument("--pretrained", help='"imagenet", or a state dict for the encoder; the paper starts from ImageNet')
@@ -130,153 +111,6 @@ def parse_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------------------------------------- the query side
-def build_query_model(settings, blip, pretrained=None):
-    """The light encoder and the mapper that the settings (a dict of the options) describe."""
-    encoder = light_encoders.build(settings["encoder"], pretrained, blip, settings["query_size"])
-    if settings["mapper"] in MAPPERS[:4]:
-        parts = {"self_attention": settings["mapper"] in ("atl", "atl-no-ca"),
-                 "cross_attention": settings["mapper"] in ("atl", "atl-no-sa")}  # fmt: skip
-        mapper = isa.AdaptiveTokenLearner(encoder.out_channels, blip.word_dim, settings["tokens"], **parts)
-    else:
-        mapper = {"mlp": baselines.MLP, "phi": baselines.Phi}[settings["mapper"]](encoder.out_channels, blip.word_dim)
-    if settings["gallery"] == "query":
-        return baselines.TwoSidedModel(encoder, mapper, blip)
-    return isa.QueryModel(encoder, mapper)
-
-
-def read_checkpoint(path):
-    """isa.pt or last.pt -> dict; tensors and plain data only, nothing is executed. Raises ValueError."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"query_model", "settings", "blip"} <= checkpoint.keys():
-            raise ValueError
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file; `python train.py` writes it") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: is a folder; name the isa.pt in it") from None
-    except PermissionError:
-        raise ValueError(f"{path}: may not be read; change its permissions, or name another checkpoint") from None
-    except Exception:  # torch.load reports damaged files in many ways
-        what = "is damaged or was not written by train.py"
-        raise ValueError(f"{path}: {what}; train again or name another checkpoint (BLIP's weights go to --blip)") from None
-    check_finite(checkpoint["query_model"], f"{path}:", "train again, with a lower --lr")
-    return checkpoint
-
-
-def fill(model, state, path):
-    """Load a state dict of the checkpoint `path` into a model or an optimizer. Raises ValueError where it is another one's."""
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"{path}: {OTHER_VERSION}") from None
-
-
-def load_query_model(path, blip):
-    """runs/NAME/isa.pt -> the QueryModel, in eval mode, on BLIP's device, and its settings.
-
-    Raises ValueError for a file that is no such checkpoint and for one that was trained against another BLIP.
-    """
-    checkpoint = read_checkpoint(path)
-    if checkpoint["blip"] != blip.fingerprint:
-        raise ValueError(
-            f"{path}: was trained against BLIP {checkpoint['blip']}, this one is {blip.fingerprint}; their word spaces differ: "
-            "give the same --blip and --image-size as in training"
-        )
-    try:
-        model = build_query_model(checkpoint["settings"], blip)
-    except (KeyError, ValueError):
-        raise ValueError(f"{path}: {OTHER_VERSION}") from None
-    fill(model, checkpoint["query_model"], path)
-    return model.to(blip.temp.device).eval(), checkpoint["settings"]
-
-
-# ---------------------------------------------------------------------------------------------- data
-class TrainingImages(torch.utils.data.Dataset):
-    """(epoch, i) -> image i as the query model sees it in that epoch, a pure function of seed, epoch and i; and what else a step
-    needs of it: BLIP's pixels where BLIP has to look at it now, or what is stored. `batch` puts samples together.
-    """
-
-    def __init__(self, images, encoder, args, features=None, blip_pixels=None):
-        self.images, self.features, self.blip_pixels, self.seed = images, features, blip_pixels, args.seed
-        self.size, self.normalization = encoder.image_size, encoder.normalization
-        self.augment = None
-        if args.crop < 1 or args.flip or args.randaugment:
-            from blip_lite.augment import augmentation  # here, because importing torchvision takes as long as torch
-
-            self.augment = augmentation(self.size, args.crop, args.flip, args.randaugment)
-
-    def __getitem__(self, epoch_and_row):
-        """-> i, pixels [3, S, S], BLIP's pixels or None, {row: why it is damaged}; the next image stands in for a damaged one.
-
-        After a hundred damaged images i is None.
-        """
-        epoch, row = epoch_and_row
-        damaged = {}
-        for i in ((row + step) % len(self.images) for step in range(100)):
-            try:
-                image = blip_lite.to_rgb(self.images.open(i))
-            except ValueError as error:
-                damaged[i] = str(error)
-                continue
-            seen = image
-            if self.augment:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(hash((self.seed, epoch, i)))
-                    seen = self.augment(image)
-            pixels = blip_lite.to_pixels(seen, self.size, *self.normalization)
-            return i, pixels, self.blip_pixels(image) if self.blip_pixels else None, damaged
-        return None, None, None, damaged  # an error in a worker would reach the user as its whole stack
-
-    def batch(self, samples):
-        """Samples -> dict: pixels [B, 3, S, S], blip_pixels, v [B, E], F_v [B, 1+N, D] (float16; these may be None), damaged;
-        or hopeless: why the first of a hundred damaged images is."""
-        rows, pixels, blip_pixels, damaged = zip(*samples, strict=True)
-        if None in rows:
-            return {"hopeless": next(iter(damaged[rows.index(None)].values()))}
-        stored = lambda x: None if x is None else torch.from_numpy(x[rows])  # noqa: E731
-        return {
-            "pixels": torch.stack(pixels),
-            "blip_pixels": torch.stack(blip_pixels) if self.blip_pixels else None,
-            "v": stored(self.features and self.features.v),
-            "F_v": stored(self.features and self.features.F_v),
-            "damaged": {i: why for reasons in damaged for i, why in reasons.items()},
-        }
-
-
-def epoch_order(n, seed, epoch, buffer, start=0):
-    """The numbers 0 .. n-1, each once, in the order of one epoch, from its place `start` on: arrays of at most `buffer`.
-
-    Runs of images that lie together on disk are shuffled, then the images of every `buffer` that follow each other. Any place is
-    reached at once, and memory holds the buffer and a number for each run.
-    """
-    random = np.random.default_rng((seed, epoch))
-    shift, runs = random.integers(n), random.permutation(n // RUN)  # shifted: the rest that fills no run is another each time
-    runs = np.append(runs, n // RUN)
-    for block in range(start // buffer, -(-n // buffer)):
-        place = np.arange(block * buffer, min(n, (block + 1) * buffer))
-        rows = (runs[place // RUN] * RUN + place % RUN + shift) % n
-        yield np.random.default_rng((seed, epoch, block)).permutation(rows)[max(0, start - block * buffer) :]
-
-
-def batches(n, bad, batch, seed, first_step, steps, buffer, rank=0, processes=1):
-    """Lists of (epoch, row), this process's share of each step's batch: each epoch a new order, its last incomplete batch dropped.
-
-    n rows without the bad ones (sorted). What a step sees is the same for any number of processes and any first step.
-    """
-    per_epoch, share = n // batch, batch // processes
-    bad = np.asarray(bad) - np.arange(len(bad))
-    for epoch in range(first_step // per_epoch, steps // per_epoch):
-        start = first_step % per_epoch if epoch == first_step // per_epoch else 0
-        waiting = np.empty(0, np.int64)
-        for rows in epoch_order(n, seed, epoch, buffer, start * batch):
-            waiting = np.append(waiting, rows)
-            while len(waiting) >= batch:
-                mine, waiting = waiting[rank * share : (rank + 1) * share], waiting[batch:]
-                mine = mine + np.searchsorted(bad, mine, side="right")  # the m-th row that is not bad
-                yield [(epoch, row) for row in mine.tolist()]
-
-
 def learning_rate(step, steps, peak):
     """Section 4.1: 5 of 20 epochs linear warm-up, then cosine annealing to zero; the same shape for any length."""
     warmup = steps // 4
@@ -285,98 +119,9 @@ def learning_rate(step, steps, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-# ---------------------------------------------------------------------------------------------- training
-def save(run, step, settings, fingerprint, images, query_model, optimizer):
-    """Write runs/NAME/last.pt and isa.pt. Raises ValueError for weights that are not finite: the older files then stay."""
-    weights = query_model.state_dict()
-    if not all(x.isfinite().all() for x in weights.values()):
-        raise ValueError(f"weights are not finite after step {step} and are not saved; lower --lr and start anew with --overwrite")
-    state = {"query_model": weights, "settings": settings, "blip": fingerprint, "images": images, "step": step}
-    with replacing(run / "last.pt") as file:
-        torch.save({**state, "optimizer": optimizer.state_dict()}, file)
-    with replacing(run / "isa.pt") as file:
-        torch.save(state, file)
-
-
-def resume(run, settings, fingerprint, images, query_model, optimizer):
-    """Load runs/NAME/last.pt into the model and the optimizer -> the next step. Raises ValueError where settings differ."""
-    checkpoint = read_checkpoint(run / "last.pt")
-    if not {"optimizer", "images", "step"} <= checkpoint.keys() or (settings.keys() - MAY_CHANGE) - checkpoint["settings"].keys():
-        raise ValueError(f"{run}/last.pt: {OTHER_VERSION}")
-    for name in sorted(settings.keys() - MAY_CHANGE):  # of several the same one each time
-        if checkpoint["settings"].get(name) != settings[name]:
-            raise ValueError(
-                f"{run}/last.pt was trained with --{name.replace('_', '-')} {checkpoint['settings'].get(name)}, not "
-                f"{settings[name]}; resume with the same settings, or give another --name"
-            )
-    if checkpoint["blip"] != fingerprint:
-        raise ValueError(f"{run}/last.pt was trained against BLIP {checkpoint['blip']}, not {fingerprint}; give the same --blip")
-    if checkpoint["images"] != images:
-        raise ValueError(f"{run}/last.pt was trained on {checkpoint['images']} images, not {images}; give the same --images")
-    fill(query_model, checkpoint["query_model"], run / "last.pt")
-    fill(optimizer, checkpoint["optimizer"], run / "last.pt")
-    return checkpoint["step"]
-
-
-def step_of(path):
-    """The step of a checkpoint; None where there is none or it is damaged."""
-    try:
-        return read_checkpoint(path).get("step")
-    except ValueError:
-        return None
-
-
-def gather(x):
-    """[b, E] of this process -> [B, E] of all of them. Under torchrun every process computes the whole of GCD from it, and its own
-    rows alone keep their gradient: added up over the processes, that is GCD's gradient in all rows.
-    """
-    rank, processes = process()
-    if processes == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(processes)]
-    dist.all_gather(parts, x.detach().contiguous())
-    parts[rank] = x
-    return torch.cat(parts)
-
-
-def agree(*values):
-    """The mean over all processes of some scalars, the first of them a tensor, as floats; one wait for a GPU instead of four."""
-    values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=values[0].device) for v in values])
-    if process()[1] > 1:
-        dist.all_reduce(values)
-    return (values / process()[1]).tolist()
-
-
-def open_images(args, blip, precision):
-    """-> ImageList, its stored features (None with --cache none) and its damaged rows, sorted. Raises ValueError for too many."""
-    rank, _ = process()
-    if rank == 0 and args.images == PRESETS["pocket"]["images"]:
-        world.ensure(Path(args.images).parent)
-    if rank > 0:
-        wait_for_all()
-    images = find_images(args.images, args.cache_dir)
-    if rank == 0:
-        wait_for_all()  # the first process makes the list, the others find it
-        sizes = [size * len(images) / 1e9 for size in bytes_per_image(blip)]
-        print(f"{len(images)} images: v {sizes[0]:.3g} GB, F^v {sizes[1]:.3g} GB; --cache {args.cache}")
-    if args.cache == "none" or args.gallery == "query":
-        return images, None, []
-    maps = args.cache == "full" and "lar" in args.loss
-    features = image_features(blip, images, args.cache_dir, maps, skip_bad=True, precision=precision, workers=args.workers,
-                              what="training images")  # fmt: skip
-    if rank == 0:
-        for why in list(features.bad.values())[:10]:
-            print(f"skipped: {why}", file=sys.stderr)
-    if len(features.bad) > 0.01 * len(images) and not args.skip_bad_images:
-        counts = f"{len(features.bad)} of {len(images)} images in {args.images} are damaged"
-        raise ValueError(f"{counts}, which is more than 1 %; mend them, or train without them by --skip-bad-images")
-    if features.bad and rank == 0:
-        print(f"skipped: {len(features.bad)} of {len(images)} images, which are damaged", file=sys.stderr)
-    return images, features, sorted(features.bad)
-
-
 def train(args):
     """-> the number of the signal that stopped the run, or 0. Raises ValueError and OSError for what the user can mend."""
+    args.device = join_processes(args.device)
     run, device = Path("runs") / args.name, torch.device(args.device)
     if (run / "last.pt").exists() and not (args.resume or args.overwrite):
         raise ValueError(f"{run} already holds a training; go on with --resume, replace it with --overwrite or give another --name")
@@ -402,6 +147,8 @@ def train(args):
             print(f"{run}/last.pt is not there: nothing to resume, training starts at step 0")
     check_lengths(blip, args.prompt, args.tokens, [("--prompt with --tokens", "")])  # now: to store features may take hours
 
+    if process()[0] == 0 and args.images == PRESETS["pocket"]["images"]:
+        world.ensure(Path(args.images).parent)
     images, features, bad = open_images(args, blip, precision)
     count = len(images) - len(bad)
     batch = min(args.batch, count // processes * processes)
@@ -508,51 +255,5 @@ def train(args):
     return stop[0] if stop else 0
 
 
-def join_processes(args):
-    """Under torchrun: one GPU for each process, or the CPU; they talk by nccl or gloo."""
-    if "WORLD_SIZE" in os.environ:
-        if args.device == "cuda":
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                raise ValueError(f"there are more processes than GPUs here ({torch.cuda.device_count()}); lower --nproc_per_node")
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        # DDP may warn that a 1 x 1 convolution has another layout, which for 1 x 1 is no difference
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        try:
-            backend = "nccl" if "cuda" in args.device else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=12))  # caching may take long
-        except (RuntimeError, ValueError) as error:  # the port is taken, or the first process is not there
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            reason = str(error).splitlines()[0]
-            remedy = "`torchrun --standalone` finds a free port"
-            raise ValueError(f"the processes cannot meet at {where} ({reason}); {remedy}") from None
-
-
 if __name__ == "__main__":
-    interrupt_on_signals()
-    arguments = parse_args()
-    try:
-        join_processes(arguments)
-        stopped = train(arguments)
-        sys.exit(128 + stopped if stopped else 0)  # as shells tell it: `train.py && evaluate.py` stops here
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
-    except torch.cuda.OutOfMemoryError:
-        sys.exit(f"train.py: the GPU has too little memory for --batch {arguments.batch}; give a smaller one, or --cache full")
-    except KeyboardInterrupt as interrupt:
-        last = Path("runs") / arguments.name / "last.pt"
-        what = f"--resume goes on from {last}" if last.exists() else "no checkpoint was written; stored features are kept"
-        exit_interrupted(interrupt, f"train.py: interrupted; {what}")
-    except RuntimeError as error:
-        known = {
-            "DataLoader worker": "a worker was killed, perhaps for want of memory; go on with --resume and fewer --workers",
-            "by peer": "another of the processes has ended; it said why",  # under torchrun
-        }
-        said = next((sentence for sign, sentence in known.items() if sign in str(error)), None)
-        if said is None:
-            raise
-        sys.exit(f"train.py: {said}")
-    finally:
-        end_workers()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run_command("train.py", train, parse_args())

@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 
 from .blip import Blip
-from .checks import MOST_PIXELS, check_finite
-from .files import replacing
 from .tokenizer import Tokenizer
 from .vit import HEAD_WIDTH, resize_position_embedding
 
+MOST_PIXELS = 1024  # a side of an image; BLIP was made for 224 and 384
 POCKET = Path(__file__).resolve().parents[1] / "pocket"
 HUGGING_FACE_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -106,8 +105,7 @@ def save(blip, path):
     """
     state = {name: tensor.detach().cpu() for name, tensor in blip.state_dict().items()}
     state = {name: tensor.half().contiguous() if tensor.dim() else tensor.float() for name, tensor in state.items()}
-    with replacing(path) as file:
-        torch.save({"model": state}, file)
+    torch.save({"model": state}, path)
 
 
 def infer_sizes(state_dict, image_size=None):
@@ -228,6 +226,13 @@ def _check_keys(state, expected):
             if names
         )
         raise ValueError(f"keys do not fit a BLIP for image-text retrieval; {'; '.join(listed)}")
+
+
+def check_finite(state, path, remedy):
+    """ValueError that names the tensors of a state dict which hold NaN or infinity."""
+    odd = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if odd:
+        raise ValueError(f"{path} holds NaN or infinity in {', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}; {remedy}")
 
 
 def _sha256(files):

@@ -16,7 +16,7 @@ from IPython.display import display
 from PIL import Image
 
 import blip_lite
-from tables import overlay
+from plumbing.pictures import overlay
 
 DPI, SIDE = 75, 1.25  # inches for one image
 GREEN = "#1ea03c"

@@ -13,7 +13,6 @@ on only what matching alone uses is trained, also on terser captions: v and t, a
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -24,10 +23,10 @@ from tqdm import tqdm
 
 import blip_lite
 from blip_lite.blip import MEAN, STD
-from blip_lite.checks import check_options, check_output
-from blip_lite.features import autocast, pick_precision
-from blip_lite.files import cut_log, explained, replacing
-from blip_lite.signals import exit_interrupted, interrupt_on_signals, note_signals
+from plumbing.command import note_signals, run_command
+from plumbing.files import check_output, cut_log, explained, replacing
+from plumbing.options import check_options
+from plumbing.precision import autocast, pick_precision
 from pocket import specs as language
 from pocket.drawing import draw
 from pocket.specs import EARLY_MIX, EDIT_KINDS, LATE_MIX, Rng
@@ -328,7 +327,8 @@ def main():
             tqdm.write(json.dumps(row))
             if last:
                 blip.temp.data.clamp_(0.02, 0.5)  # as the loss used it; below the floor no gradient reaches it
-            blip_lite.save(blip, args.out)
+            with replacing(args.out) as file:
+                blip_lite.save(blip, file)
         if (step + 1) % args.save_every == 0 or last or stop:  # at the end: a run that is killed before does the step again
             if not all(x.isfinite().all() for x in blip.state_dict().values()):
                 raise ValueError(f"weights are not finite after step {step + 1} and are not saved; lower --lr")
@@ -342,11 +342,4 @@ def main():
 
 
 if __name__ == "__main__":
-    interrupt_on_signals()
-    try:
-        stopped = main()
-        sys.exit(128 + stopped if stopped else 0)
-    except (ValueError, OSError) as error:
-        sys.exit(f"pocket.pretrain: {error}")
-    except KeyboardInterrupt as interrupt:
-        exit_interrupted(interrupt, "pocket.pretrain: interrupted; the same command goes on from the last state, if there is one")
+    run_command("pocket.pretrain", lambda _: main(), None, "interrupted; the same command continues from the last state, if there is one")

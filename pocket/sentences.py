@@ -11,7 +11,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from blip_lite.files import replacing
+from plumbing.files import replacing
 
 from .specs import (
     BACKGROUNDS,

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from blip_lite.checks import check_folder, check_options
-from blip_lite.files import explained
+from plumbing.files import check_folder, explained
+from plumbing.options import check_options
 
 from .drawing import draw
 from .specs import (

@@ -38,9 +38,9 @@ from test_blip_lite import filled, hugging_face  # noqa: E402
 import benchmarks  # noqa: E402
 import blip_lite  # noqa: E402
 import isa  # noqa: E402
-import light_encoders  # noqa: E402
+import query_side  # noqa: E402
 from blip_lite.checkpoint import POCKET, _our_name, infer_sizes  # noqa: E402
-from blip_lite.features import keep_freed_memory, round_frozen_weights  # noqa: E402
+from plumbing.precision import keep_freed_memory, round_frozen_weights  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 bf16 = partial(torch.autocast, DEVICE, torch.bfloat16)
@@ -148,7 +148,7 @@ def part_step():
     print(f"  {count} images on {DEVICE}; measured peak {rate / 1e12:.2f} Top/s" + ("; CUDA: not run" if DEVICE == "cpu" else ""))
     ours, theirs = blip_base()
     torch.manual_seed(0)
-    encoder = light_encoders.build("efficientnet_b2").to(DEVICE)
+    encoder = query_side.build("efficientnet_b2").to(DEVICE)
     mapper = isa.AdaptiveTokenLearner(encoder.out_channels, 768).to(DEVICE)
     plain_encoder = models.efficientnet_b2().features.to(DEVICE)  # as torchvision builds it, with the same weights
     plain_encoder.load_state_dict(encoder.state_dict())
@@ -261,7 +261,7 @@ def part_pocket_step():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     blip = blip_lite.load("pocket")
-    encoder = light_encoders.build("pocketnet")
+    encoder = query_side.build("pocketnet")
     model = isa.QueryModel(encoder, isa.AdaptiveTokenLearner(encoder.out_channels, blip.word_dim)).train()
     optimizer = torch.optim.AdamW(model.parameters())
     pixels = torch.randn(256, 3, 64, 64)

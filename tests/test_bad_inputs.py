@@ -31,8 +31,8 @@ from PIL import Image
 
 import blip_lite
 import isa
-from blip_lite.features import Features
-from blip_lite.images import find_images
+from plumbing.features import Features
+from plumbing.images import find_images
 
 MESSAGE = 700  # letters; a sentence that is longer is not read
 
@@ -252,7 +252,7 @@ CASES = [
          prepare=evil("x.pth"), real=True),
     case("blip executes code, plain pickle", f"{TRAIN} --blip x.bin", "x.bin", "run code", "trust", prepare=plain_pickle("x.bin")),
     case("blip missing", f"{TRAIN} --blip weights/model_base.pth", "weights/model_base.pth: there is no such file",
-         "blip_lite.download"),
+         "plumbing.download"),
     case("blip truncated", f"{TRAIN} --blip x.pth", "x.pth is damaged", "download it again",
          prepare=truncated(ROOT / "pocket" / "blip.pth", "x.pth")),
     case("blip empty", f"{TRAIN} --blip x.pth", "x.pth is empty", "download it again", prepare=content("x.pth", "")),
@@ -563,7 +563,7 @@ CASES = [
 
     # ---- tables.py
     case("no such table", "tables.py 21", "21", "choose from", status=2, real=True),
-    case("tables of nothing", "tables.py", "NAME", status=2),
+    case("tables of nothing", "-m", "paper", "NAME", status=2),
     case("tables below a file", "tables.py 5 --seeds 0 --out x/t.md", "x: is a file", prepare=content("x", "text")),
     case("tables from a damaged training", "tables.py 5 --seeds 0", "runs/tables/isa-0/isa.pt: is damaged", "train again",
          prepare=content("runs/tables/isa-0/isa.pt", "text")),

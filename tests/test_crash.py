@@ -22,7 +22,7 @@ from conftest import ROOT, run_script
 import blip_lite
 import isa
 from blip_lite import features
-from blip_lite.files import replacing
+from plumbing.files import replacing
 from pocket import pretrain
 
 if sys.platform != "linux":

@@ -20,9 +20,8 @@ import benchmarks
 import blip_lite
 import evaluate
 import isa
-import light_encoders
-import train
-from benchmarks import Query
+import query_side
+from benchmarks.readers import Query
 
 PLAIN = ["--precision", "fp32", "--workers", 0]
 real = pytest.mark.skipif(
@@ -41,7 +40,7 @@ def text_feature(blip, text):
 
 
 def isa_feature(blip, model, path, modifier):
-    U = model(light_encoders.preprocess(model.encoder, Image.open(path))[None])
+    U = model(query_side.preprocess(model.encoder, Image.open(path))[None])
     return blip.encode_text(*isa.compose_query(blip, U, [modifier], "a photo of"))[0]
 
 
@@ -109,7 +108,7 @@ def test_fashioniq_queries_of_isa_one_by_one(small_world, trained, pocket_blip, 
     benchmark = benchmarks.load("fashioniq", small_world / "fashioniq", "val", "dress")
     benchmark = replace(benchmark, queries=benchmark.queries[::-1] + benchmark.queries[3:6])  # references out of order, and twice
     setting = evaluate.Setting(pocket_blip, benchmark, SimpleNamespace(cache_dir=tmp_path / "cache", workers=0), "fp32")
-    model, _ = train.load_query_model(trained.isa, pocket_blip)
+    model, _ = query_side.load_query_model(trained.isa, pocket_blip)
     found = setting.query_features("isa", model)
     entries = json.loads((small_world / "fashioniq" / "captions" / "cap.dress.val.json").read_text())
     entries = entries[::-1] + entries[3:6]
@@ -183,7 +182,7 @@ def test_table_of_cirr_from_scratch(table, cirr, trained, second, pocket_blip, s
     """Recall, subset recall, mean, spread and types of modifier of every method, from pixels and words, one query at a time."""
     entries, paths, v = cirr
     captions = json.loads((small_world / "cirr" / "captions.json").read_text())
-    models = [train.load_query_model(path, pocket_blip)[0] for path in (trained.isa, second)]
+    models = [query_side.load_query_model(path, pocket_blip)[0] for path in (trained.isa, second)]
     unit = lambda x: x / x.norm()  # noqa: E731
     methods = {
         "image": [lambda ref, text, _: v[ref]],
@@ -286,7 +285,7 @@ def variant(trained, pocket_blip, tmp_path):
         checkpoint = torch.load(trained.isa, weights_only=True)
         checkpoint["settings"] |= changes
         torch.manual_seed(5)
-        model = train.build_query_model(checkpoint["settings"], pocket_blip).eval()
+        model = query_side.build_query_model(checkpoint["settings"], pocket_blip).eval()
         torch.save({**checkpoint, "query_model": model.state_dict()}, tmp_path / f"{name}.pt")
         return tmp_path / f"{name}.pt", model
 
@@ -304,7 +303,7 @@ def test_a_model_of_both_sides_is_asked_for_the_gallery_too(variant, small_world
     q = setting.query_features("isa", model)
     rankings, subsets = setting.rank(q, model, k=5)
     with torch.no_grad():
-        images = [light_encoders.preprocess(model.encoder, Image.open(benchmark.paths[name])) for name in benchmark.gallery]
+        images = [query_side.preprocess(model.encoder, Image.open(benchmark.paths[name])) for name in benchmark.gallery]
         own = torch.cat([model(pixels[None])[1] for pixels in images])
     for row, query in enumerate(benchmark.queries[:30]):
         similarity = dict(zip(benchmark.gallery, (own @ q[row]).tolist(), strict=True))

@@ -11,7 +11,7 @@ from torch import nn
 
 import blip_lite
 import isa
-import light_encoders
+import query_side
 
 VOCAB = "[PAD] [UNK] [CLS] [SEP] a photo of that is not red blue cat dog ##gy".split()
 ID = {token: i for i, token in enumerate(VOCAB)}
@@ -209,7 +209,7 @@ def test_table_1_parameters(name):
                  word_dim=768, text_depth=12, embed_dim=256)  # fmt: skip
     with torch.device("meta"):  # shapes without memory
         blip = blip_lite.Blip(sizes, None) if name == "blip" else None
-        encoder = light_encoders.build(name, blip=blip)
+        encoder = query_side.build(name, blip=blip)
         model = isa.QueryModel(encoder, isa.AdaptiveTokenLearner(encoder.out_channels, word_dim=768))
     parameters = [*model.parameters(), *(blip.visual_encoder.parameters() if blip else ())]
     count = sum(parameter.numel() for parameter in parameters)

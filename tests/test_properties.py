@@ -32,8 +32,9 @@ import blip_lite
 import evaluate
 import isa
 import train
-from benchmarks import Benchmark, Query
-from blip_lite.images import find_images
+from benchmarks.readers import Benchmark, Query
+from plumbing.images import find_images
+from plumbing.training_data import batches, epoch_order
 
 settings.register_profile("quick", max_examples=40, derandomize=True, deadline=None, database=None,
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])  # fmt: skip
@@ -772,8 +773,8 @@ def test_images_of_any_name_are_found(in_folder, in_shard):
 def test_an_epoch_holds_each_row_once_from_any_place(n, run, buffer, seed, epoch, data):
     start = data.draw(st.integers(0, n))
     with mock.patch.object(train, "RUN", run):
-        blocks = list(train.epoch_order(n, seed, epoch, buffer))
-        rest = [row for block in train.epoch_order(n, seed, epoch, buffer, start) for row in block.tolist()]
+        blocks = list(epoch_order(n, seed, epoch, buffer))
+        rest = [row for block in epoch_order(n, seed, epoch, buffer, start) for row in block.tolist()]
     rows = [row for block in blocks for row in block.tolist()]
     assert sorted(rows) == list(range(n)) and max(map(len, blocks)) <= buffer
     assert rest == rows[start:]
@@ -797,7 +798,7 @@ def test_batches_show_good_rows_once_an_epoch_and_resume_at_any_step(one, data):
     steps = one.epochs * per_epoch
     first = data.draw(st.integers(0, steps))
     with mock.patch.object(train, "RUN", one.run):
-        make = lambda *place: list(train.batches(one.n, one.bad, one.batch, one.seed, first_step, steps, one.buffer, *place))  # noqa: E731
+        make = lambda *place: list(batches(one.n, one.bad, one.batch, one.seed, first_step, steps, one.buffer, *place))  # noqa: E731
         first_step = 0
         whole, shares = make(), [make(rank, one.processes) for rank in range(one.processes)]
         first_step = first

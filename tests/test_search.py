@@ -19,10 +19,11 @@ from PIL import Image
 import blip_lite
 import evaluate
 import isa
-import light_encoders
+import query_side
 import search
-from blip_lite.images import walk
-from train import load_query_model
+from plumbing.images import walk
+from plumbing.pictures import ACROSS, MARGIN, PAPER, PHOTO, SIDE, TILE, contact_sheet, paste, shortened
+from query_side.query_model import load_query_model
 
 FAST = ["--precision", "fp32", "--workers", "0"]
 
@@ -72,7 +73,7 @@ def one_line(done, *parts):
 def plain_ranking(blip, photos, image, text):
     """One photo at a time, no index: [(path, score)] best first, without the query itself."""
     model, settings = load_query_model(ROOT / "pocket" / "isa.pt", blip)
-    U = model(light_encoders.preprocess(model.encoder, Image.open(image))[None])
+    U = model(query_side.preprocess(model.encoder, Image.open(image))[None])
     q = F.normalize(blip.encode_text(*isa.compose_query(blip, U, [text])), dim=-1)[0]
     scores = {}
     for folder, _, names in os.walk(photos):
@@ -279,38 +280,38 @@ def test_listing_and_loading_do_not_take_long(photos, pocket_blip, tmp_path, mon
 def test_the_contact_sheet_shows_query_and_photos(call_script, photos, tmp_path):
     done = run(call_script, photos, "--out", "out/sheet.png", "--json", "-", "--top", "7")
     rows, sheet = found(done), np.asarray(Image.open(tmp_path / "out" / "sheet.png").convert("RGB"), int)
-    query = Image.open(sorted(walk(photos))[3]).convert("RGB").resize((search.SIDE,) * 2, Image.Resampling.BICUBIC)
-    m = search.MARGIN
-    assert np.abs(sheet[m : m + search.SIDE, m : m + search.SIDE] - np.asarray(query, int)).max() == 0
-    left = sheet.shape[1] - search.ACROSS * (search.PHOTO + m)
+    query = Image.open(sorted(walk(photos))[3]).convert("RGB").resize((SIDE,) * 2, Image.Resampling.BICUBIC)
+    m = MARGIN
+    assert np.abs(sheet[m : m + SIDE, m : m + SIDE] - np.asarray(query, int)).max() == 0
+    left = sheet.shape[1] - ACROSS * (PHOTO + m)
     for row in rows:
         i = row["rank"] - 1
-        x, y = left + i % 5 * (search.PHOTO + m), m + i // 5 * (search.PHOTO + 44)
-        photo = Image.open(row["path"]).convert("RGB").resize((search.PHOTO,) * 2, Image.Resampling.BICUBIC)
-        assert np.abs(sheet[y : y + search.PHOTO, x : x + search.PHOTO] - np.asarray(photo, int)).max() == 0
-    assert (sheet[-60:, -search.PHOTO :] == 255).all()  # seven photos leave the end of the second line empty
+        x, y = left + i % 5 * (PHOTO + m), m + i // 5 * (PHOTO + 44)
+        photo = Image.open(row["path"]).convert("RGB").resize((PHOTO,) * 2, Image.Resampling.BICUBIC)
+        assert np.abs(sheet[y : y + PHOTO, x : x + PHOTO] - np.asarray(photo, int)).max() == 0
+    assert (sheet[-60:, -PHOTO :] == 255).all()  # seven photos leave the end of the second line empty
 
 
 @pytest.mark.parametrize("size, inside", (((400, 100), (50, 20)), ((2, 8), (30, 50)), ((5000, 1), (50, 50))))
 def test_proportions_are_kept(size, inside):
     """A square of 100 pixels at (10, 20): the photo in its middle, paper above and below or left and right, nothing beyond."""
     sheet = Image.new("RGB", (130, 130), "white")
-    search.paste(sheet, Image.new("RGB", size, "red"), 10, 20, 100)
+    paste(sheet, Image.new("RGB", size, "red"), 10, 20, 100)
     red = (np.asarray(sheet) == (255, 0, 0)).all(axis=2)
     rows, columns = red.any(axis=1).nonzero()[0], red.any(axis=0).nonzero()[0]
     wide = {(400, 100): (100, 25), (2, 8): (25, 100), (5000, 1): (100, 1)}[size]
     assert (len(columns), len(rows)) == wide and red.sum() == wide[0] * wide[1]
     assert abs(columns.mean() - 59.5) <= 1 and abs(rows.mean() - 69.5) <= 1
-    paper = (np.asarray(sheet) == search.PAPER).all(axis=2)
+    paper = (np.asarray(sheet) == PAPER).all(axis=2)
     assert paper.sum() == 100 * 100 - red.sum() and (red | paper)[20:120, 10:110].all()
 
 
 def test_long_names_lose_their_middle():
     font = search.ImageFont.load_default(12)
     name = "a" * 80 + "_the_end.jpeg"
-    short = search.shortened(name, font, 150)
+    short = shortened(name, font, 150)
     assert font.getlength(short) <= 150 and short.startswith("aaa") and short.endswith("end.jpeg") and "..." in short
-    assert search.shortened("short.png", font, 150) == "short.png"
+    assert shortened("short.png", font, 150) == "short.png"
 
 
 @pytest.mark.parametrize("tokens, maps", ((6, (True, True)), (10, (True, False)), (1, (False, False))))
@@ -320,13 +321,13 @@ def test_sheets_of_other_mappers(photos, tokens, maps):
     words, paths = ["a-rather-long-word"] * tokens, sorted(walk(photos))[:3]
     grids = [grid if there else None for there in maps]
     text = "word " * 60 + "x" * 90  # 16 lines of at most 24 letters
-    sheet = search.contact_sheet(Image.open(paths[0]).convert("RGB"), text, words, grids, paths, [1, 2, 3])
+    sheet = contact_sheet(Image.open(paths[0]).convert("RGB"), text, words, grids, paths, [1, 2, 3])
     pixels = np.asarray(sheet, int)
     ink = (pixels != 255).any(axis=2)
-    m, line = search.MARGIN, 30 + sum(maps) * (search.TILE + 22)
-    left = max(2 * search.SIDE, min(tokens, 6) * (search.TILE + 6)) + 2 * m
-    assert sheet.size == (left + m + 3 * (search.PHOTO + m), 16 * 20 + 2 * m + -(-tokens // 6) * line)
-    beside = ink[: 16 * 20 + 2 * m, m + search.SIDE + m : left]
+    m, line = MARGIN, 30 + sum(maps) * (TILE + 22)
+    left = max(2 * SIDE, min(tokens, 6) * (TILE + 6)) + 2 * m
+    assert sheet.size == (left + m + 3 * (PHOTO + m), 16 * 20 + 2 * m + -(-tokens // 6) * line)
+    beside = ink[: 16 * 20 + 2 * m, m + SIDE + m : left]
     assert beside[300:320].any() and not beside[-m:].any() and not ink[:, left : left + m].any()
     red = (pixels[..., 0] - pixels[..., 1] > 60)[16 * 20 + 2 * m :]
     assert red[:line].any() == maps[0] and red[line:].any() == (tokens > 6) and red[line - 80 : line].any() == any(maps)

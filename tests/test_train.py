@@ -24,11 +24,13 @@ from PIL import Image
 
 import blip_lite
 import isa
-import light_encoders
+import query_side
 import train
-from blip_lite.augment import NeutralRandAugment
-from blip_lite.features import Features
-from blip_lite.images import list_images
+from plumbing.augment import NeutralRandAugment
+from plumbing.features import Features
+from plumbing.images import list_images
+from plumbing.processes import agree, gather
+from plumbing.training_data import TrainingImages, batches, epoch_order
 
 
 # ------------------------------------------------------------------------------------------- parts of the loop
@@ -46,7 +48,7 @@ def flat(batches):
 
 
 def batches(n, batch, seed=0, first_step=0, steps=1, bad=(), buffer=1000, **processes):
-    return list(train.batches(n, list(bad), batch, seed, first_step, steps, buffer, **processes))
+    return list(batches(n, list(bad), batch, seed, first_step, steps, buffer, **processes))
 
 
 @pytest.mark.parametrize("buffer", [1, 5, 7, 12, 100])
@@ -97,7 +99,7 @@ def test_processes_share_each_batch_out():
 
 def test_a_shuffle_reads_in_runs_and_mixes_a_buffer():
     """100,000 images, 10,000 mixed at a time: a buffer is ten runs or eleven; every image is there; runs come from everywhere."""
-    blocks = list(train.epoch_order(100_500, 0, 1, 10_000))
+    blocks = list(epoch_order(100_500, 0, 1, 10_000))
     assert [len(block) for block in blocks] == [10_000] * 10 + [500]
     assert np.array_equal(np.sort(np.concatenate(blocks)), np.arange(100_500))
     for block in blocks[:10]:
@@ -105,7 +107,7 @@ def test_a_shuffle_reads_in_runs_and_mixes_a_buffer():
         pieces = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
         assert len(pieces) <= 12 and rows.max() - rows.min() > 40_000
         assert abs(np.corrcoef(block[:-1], block[1:])[0, 1]) < 0.1  # in no order within
-    assert not np.array_equal(blocks[0], next(train.epoch_order(100_500, 0, 2, 10_000)))
+    assert not np.array_equal(blocks[0], next(epoch_order(100_500, 0, 2, 10_000)))
 
 
 @pytest.fixture(scope="session")
@@ -125,7 +127,7 @@ def listed(folder):
 
 def augmented(images, **options):
     options = SimpleNamespace(**dict(crop=0.5, flip=True, randaugment=9, seed=3) | options)
-    return train.TrainingImages(list_images(listed(images)), light_encoders.build("pocketnet"), options)
+    return TrainingImages(list_images(listed(images)), query_side.build("pocketnet"), options)
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_row(images):
@@ -145,9 +147,9 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row(images):
 
 def test_without_augmentation_the_pixels_are_those_of_preprocess(images):
     data = augmented(images, crop=1.0, flip=False, randaugment=0)
-    encoder = light_encoders.build("pocketnet")
+    encoder = query_side.build("pocketnet")
     for row in range(3):
-        assert torch.equal(data[0, row][1], light_encoders.preprocess(encoder, Image.open(data.images.name(row))))
+        assert torch.equal(data[0, row][1], query_side.preprocess(encoder, Image.open(data.images.name(row))))
 
 
 def test_augmented_images_reach_workers_that_are_not_forked(images):
@@ -306,7 +308,7 @@ def test_isa_pt_holds_the_query_side_alone(trained, pocket_blip):
     assert set(checkpoint) == {"query_model", "settings", "blip", "images", "step"}
     tensors = checkpoint["query_model"]
     assert {name.split(".")[0] for name in tensors} == {"encoder", "mapper"}
-    encoder = light_encoders.build("pocketnet")
+    encoder = query_side.build("pocketnet")
     expected = sum(x.numel() for x in encoder.state_dict().values())
     expected += sum(x.numel() for x in isa.AdaptiveTokenLearner(96, pocket_blip.word_dim).parameters())
     assert sum(x.numel() for x in tensors.values()) == expected
@@ -314,7 +316,7 @@ def test_isa_pt_holds_the_query_side_alone(trained, pocket_blip):
 
 
 def test_load_query_model_gives_back_what_was_trained(trained, pocket_blip):
-    model, settings = train.load_query_model(trained.isa, pocket_blip)
+    model, settings = query_side.load_query_model(trained.isa, pocket_blip)
     assert settings["tokens"] == 6 and settings["prompt"] == "a photo of" and not model.training
     assert same(model.state_dict(), torch.load(trained.isa, weights_only=True)["query_model"])
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 6, pocket_blip.word_dim)
@@ -361,9 +363,9 @@ def test_variants_train_and_are_read_again(here, pocket_blip, name):
     """Six steps: every trained weight moves, the frozen BLIP does not, the file gives back what was trained."""
     frozen = {key: x.clone() for key, x in pocket_blip.state_dict().items()}
     run = here(name, *VARIANTS[name], "--sentences", ROOT / "pocket" / "sentences.json", "--lr", "1e-2")
-    model, settings = train.load_query_model(run / "isa.pt", pocket_blip)
+    model, settings = query_side.load_query_model(run / "isa.pt", pocket_blip)
     torch.manual_seed(0)
-    start = train.build_query_model(settings, pocket_blip).state_dict()
+    start = query_side.build_query_model(settings, pocket_blip).state_dict()
     learnt = {key for key, _ in model.named_parameters()}
     still = [key for key in learnt if torch.equal(start[key], model.state_dict()[key])]
     assert not [key for key in still if "vision_proj.bias" not in key], still
@@ -407,7 +409,7 @@ def test_symmetric_encoder(here, pocket_blip, images):
     run = here("symmetric", "--encoder", "blip")
     assert (run / "isa.pt").stat().st_size < 4_000_000
     assert not any("encoder" in name for name in weights(run))  # BLIP's encoder is BLIP's: only the learner is stored
-    model, _ = train.load_query_model(run / "isa.pt", pocket_blip)
+    model, _ = query_side.load_query_model(run / "isa.pt", pocket_blip)
     pixels = torch.stack([pocket_blip.preprocess(Image.open(path)) for path in listed(images)[:3]])
     with torch.no_grad():
         patches = pocket_blip.encode_image(pixels)[1][:, 1:].transpose(1, 2).unflatten(2, (8, 8))
@@ -514,7 +516,7 @@ def other_blip(pocket_blip, tmp_path_factory):
 def test_another_blip_is_refused(here, trained, other_blip, pocket_blip):
     other = blip_lite.load(other_blip)
     with pytest.raises(ValueError, match="was trained against BLIP") as error:
-        train.load_query_model(trained.isa, other)
+        query_side.load_query_model(trained.isa, other)
     assert pocket_blip.fingerprint in str(error.value) and other.fingerprint in str(error.value)
     with at_step(1, terminated):
         here("a")
@@ -522,7 +524,7 @@ def test_another_blip_is_refused(here, trained, other_blip, pocket_blip):
         here("a", "--resume", "--blip", other_blip)
     larger = blip_lite.load("pocket", image_size=96)  # the same weights, but other features
     with pytest.raises(ValueError, match="--image-size"):
-        train.load_query_model(trained.isa, larger)
+        query_side.load_query_model(trained.isa, larger)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "list", "weights"])
@@ -533,9 +535,9 @@ def test_damaged_checkpoints_are_refused(tmp_path, content, pocket_blip):
     else:
         torch.save([1, 2] if content == "list" else {"query_model": {}}, path)
     with pytest.raises(ValueError, match="isa.pt: is damaged or was not written by train.py"):
-        train.load_query_model(path, pocket_blip)
+        query_side.load_query_model(path, pocket_blip)
     with pytest.raises(ValueError, match="there is no such file"):
-        train.load_query_model(tmp_path / "none.pt", pocket_blip)
+        query_side.load_query_model(tmp_path / "none.pt", pocket_blip)
 
 
 class Evil:
@@ -547,7 +549,7 @@ def test_checkpoints_execute_nothing(tmp_path, pocket_blip, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"query_model": Evil(), "settings": {}, "blip": ""}, tmp_path / "isa.pt")
     with pytest.raises(ValueError, match="isa.pt"):
-        train.load_query_model(tmp_path / "isa.pt", pocket_blip)
+        query_side.load_query_model(tmp_path / "isa.pt", pocket_blip)
     assert not (tmp_path / "executed").exists()
 
 
@@ -703,9 +705,9 @@ def one_process_of_two(rank, port, folder):
     mine = slice(4 * rank, 4 * rank + 4)
     speak = torch.nn.parallel.DistributedDataParallel(model)
     t = blip.encode_text(*isa.compose_query(blip, speak(pixels[mine])))
-    loss = isa.global_contrastive_distillation(train.gather(v[mine]), train.gather(t), blip.temperature)
+    loss = isa.global_contrastive_distillation(gather(v[mine]), gather(t), blip.temperature)
     (2 * loss).backward()
-    assert train.agree(torch.tensor(1.0 + rank), 3 * rank) == [1.5, 1.5]
+    assert agree(torch.tensor(1.0 + rank), 3 * rank) == [1.5, 1.5]
     torch.save([loss.detach(), *(p.grad for p in model.parameters())], f"{folder}/{rank}.pt")
     train.dist.destroy_process_group()
 
@@ -714,7 +716,7 @@ def gcd_case():
     torch.manual_seed(0)
     blip = blip_lite.load("pocket")
     settings = {"encoder": "pocketnet", "tokens": 6, "mapper": "atl", "gallery": "blip", "query_size": None}
-    model = train.build_query_model(settings, blip).eval()  # batch-norm statistics are each process's own: here they are fixed
+    model = query_side.build_query_model(settings, blip).eval()  # batch-norm statistics are each process's own: here they are fixed
     return blip, model, torch.randn(8, 3, 64, 64), torch.nn.functional.normalize(torch.randn(8, 64), dim=-1)
 
 

@@ -24,8 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import benchmarks  # noqa: E402
-from benchmarks import HEADLINE  # noqa: E402
-from blip_lite.files import replacing  # noqa: E402
+import evaluate  # noqa: E402
+from benchmarks.metrics import HEADLINE  # noqa: E402
+from plumbing.files import replacing  # noqa: E402
+from plumbing.precision import open_blip  # noqa: E402
 
 SPLIT = {"cirr": "test1", "fashioniq": "test", "circo": "test"}
 CIRCO_LIST = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
@@ -124,10 +126,9 @@ def handout(args):
 # ---------------------------------------------------------------------------------------------- baselines
 def baselines(args):
     """Prediction folders of the simple methods and of a trained ISA, for the handed-out world."""
-    import evaluate  # with the networks, which scoring does without
 
     options = evaluate.parse_args(["table", "--precision", "fp32", "--cache-dir", args.cache_dir])
-    blip, precision = evaluate.open_blip(options)
+    blip, precision = open_blip(options)
     model, trained = evaluate.load_query_model(args.checkpoint, blip)
     documents = {}
     for name in HEADLINE:

@@ -1,0 +1,1 @@
+"""Every table and figure of the paper: numbers, runs, tables, figures, costs."""

@@ -1,0 +1,77 @@
+"""Several processes under torchrun: how they meet and what they exchange. With one, all of it does nothing."""
+
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def process():
+    """(rank of this process, number of processes): (0, 1) without torchrun."""
+    here = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if here else (0, 1)
+
+
+def wait_for_all():
+    if process()[1] > 1:
+        dist.barrier()
+
+
+def from_the_first(value):
+    """The value that the first process holds."""
+    values = [value]
+    if process()[1] > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def gather(x):
+    """[b, E] of this process -> [B, E] of all processes, in the order of their ranks.
+
+    Gradients flow through this process's rows only; DDP averages them, so the caller multiplies the
+    loss by the number of processes.
+    """
+    rank, processes = process()
+    if processes == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(processes)]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[rank] = x
+    return torch.cat(parts)
+
+
+def agree(*values):
+    """The mean over all processes of some scalars, the first a tensor, as floats; one GPU sync for all."""
+    values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=values[0].device) for v in values])
+    if process()[1] > 1:
+        dist.all_reduce(values)
+    return (values / process()[1]).tolist()
+
+
+def join_processes(device):
+    """Under torchrun, join the other processes -> this process's device: its own GPU, or the CPU.
+
+    They talk by nccl on CUDA, by gloo on CPUs. Without torchrun returns `device`. Raises ValueError
+    if there are more processes than GPUs, or if they cannot meet.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return device
+    if device == "cuda":
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(f"more processes than GPUs here ({count}); lower --nproc_per_node")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    # DDP warns that a 1x1 convolution's gradient has another memory layout, which for 1x1 is the same
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    try:
+        hours = timedelta(hours=12)  # storing features may take long
+        dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=hours)
+    except (RuntimeError, ValueError) as error:  # the port is taken, or the first process is missing
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the processes cannot meet at {where} ({reason}); "
+                         "`torchrun --standalone` finds a free port") from None  # fmt: skip
+    return device
