@@ -1,21 +1,24 @@
-"""ISA: Image2Sentence based Asymmetric zero-shot composed image retrieval (Du et al., ICLR 2024). The method, section 3.
+"""ISA: Image2Sentence based Asymmetric zero-shot composed image retrieval (Du et al., ICLR 2024).
 
-A light encoder turns the query image into a feature map; the adaptive token learner turns the map into a short sentence
-U = [u1 .. uL] in the word space of a frozen BLIP; "[prompt] u1 .. uL that [modifier]" is then a text query against images that
-BLIP's large visual encoder indexed beforehand. Training needs images alone: the sentence has to say what its image shows.
+The method, section 3. A light encoder turns the query image into a feature map; the adaptive token
+learner turns the map into a short sentence U = [u1 .. uL] in the word space of a frozen BLIP; and
+"[prompt] u1 .. uL that [modifier]" is then a text query against images that BLIP's large visual
+encoder indexed beforehand. Training needs images alone: the sentence must say what its image shows.
 
-    B images    C channels of the light feature map, H x W its size    L sentence tokens (6)    d the learner's width (256)
-    d_w BLIP's word width    E BLIP's joint embedding    F^v BLIP's image tokens [B, 1+N, D]    T tokens of a sentence
+    B images    C channels of the light feature map, H x W its size    L sentence tokens (6)
+    d the learner's width (256)    d_w BLIP's word width    E BLIP's joint embedding
+    F^v BLIP's image tokens [B, 1+N, D]    T tokens of a sentence
 
-Where the paper is silent or ambiguous, and what is done here:
-  width d     not printed. Projecting C -> 256 first and working at d = 256 gives the parameters of Table 1 for five of its six rows
-              (EfficientNet-B2 comes out at 9.05 M, printed 8.5 M).
-  Eq. 1       the printed denominator sums w^(l) over i; we read w^(i): softmax over the L groups at each pixel.
-  Eq. 3, 4    printed as (ZK)(ZQ)^T; in Eq. 4 the shapes then do not match. We read both as ordinary attention: tokens ask,
-              pixels (or tokens) answer, softmax over what is attended to, scaled by 1/sqrt(d), one head.
-  sigma       GELU. There are no normalisation layers in the equations and none here.
+Where the paper is silent or ambiguous:
+  width d     not printed. Projecting C -> 256 first and working at d = 256 gives the parameters of
+              Table 1 for five of its six rows (EfficientNet-B2: 9.05 M, printed 8.5 M).
+  Eq. 1       the printed denominator sums w^(l) over i; we read w^(i): a softmax over the L groups.
+  Eq. 3, 4    printed as (ZK)(ZQ)^T, whose shapes do not match in Eq. 4. We read both as ordinary
+              attention, one head, scaled by 1/sqrt(d): tokens ask, tokens or pixels answer.
+  sigma       GELU. The equations have no normalisation layers, so there are none here.
   Eq. 5       tau is not printed: BLIP's own temperature, fixed.
-  Eq. 7       negatives are not specified: BLIP's own scheme (Li et al. 2022), one hard image and one hard sentence a sample.
+  Eq. 7       negatives are not specified: BLIP's scheme (Li et al. 2022), one hard image and one
+              hard sentence for each sample.
 """
 
 import re
@@ -24,23 +27,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ------------------------------------------------------------------- 3.1 light encoder and adaptive token learner
+# --------------------------------------------- 3.1 light encoder and adaptive token learner
 
 
 class AdaptiveTokenLearner(nn.Module):
     """A feature map [B, C, H, W] -> sentence tokens U [B, L, d_w] (Figure 1 right, Eq. 1-4).
 
-    in_channels C, word_dim d_w, num_tokens L, width d; self_hidden and cross_hidden are the feed-forward widths of Eq. 3 and 4
-    (section 4.1: 256 and 512). The ablations of Tables 18-20: self_attention=False leaves Eq. 3 out, cross_attention=False
-    leaves Eq. 4 out up to W_p; both False is the paper's "simple tokenizer".
+    in_channels C, word_dim d_w, num_tokens L, width d; self_hidden and cross_hidden are the
+    feed-forward widths of Eq. 3 and 4 (section 4.1). The ablations of Tables 18-20:
+    self_attention=False omits Eq. 3, cross_attention=False omits Eq. 4 up to W_p; without both it
+    is the paper's "simple tokenizer".
     """
 
-    def __init__(self, in_channels, word_dim, num_tokens=6, width=256, self_hidden=256, cross_hidden=512,
-                 self_attention=True, cross_attention=True):  # fmt: skip
+    def __init__(self, in_channels, word_dim, num_tokens=6, width=256, self_hidden=256,
+                 cross_hidden=512, self_attention=True, cross_attention=True):  # fmt: skip
         super().__init__()
         self.self_attention, self.cross_attention = self_attention, cross_attention
         self.project = nn.Conv2d(in_channels, width, kernel_size=1)
-        self.W = nn.Conv2d(width, num_tokens, kernel_size=1, bias=False)  # the L convolutions of Eq. 1
+        self.W = nn.Conv2d(width, num_tokens, kernel_size=1, bias=False)  # Eq. 1's L convolutions
         if self_attention:
             self.Q_r, self.K_r, self.V_r = (nn.Linear(width, width, bias=False) for _ in range(3))
             self.W_r1, self.W_r2 = nn.Linear(width, self_hidden), nn.Linear(self_hidden, width)
@@ -56,9 +60,9 @@ class AdaptiveTokenLearner(nn.Module):
         return tokens
 
     def attention_maps(self, feature_map):
-        """feature_map [B, C, H, W] -> grouping [B, L, H, W] (Eq. 1: sums to 1 over L), cross [B, L, H, W] (Eq. 4: over H x W).
+        """feature_map [B, C, H, W] -> grouping and cross-attention, both [B, L, H, W].
 
-        cross is None where the learner has no cross-attention.
+        Grouping (Eq. 1) sums to 1 over tokens, cross-attention (Eq. 4, or None) over pixels.
         """
         size = feature_map.shape[-2:]
         pixels, grouping = self.group(feature_map)
@@ -66,17 +70,17 @@ class AdaptiveTokenLearner(nn.Module):
         return grouping.unflatten(2, size), None if cross is None else cross.unflatten(2, size)
 
     def group(self, feature_map):
-        """Eq. 1: every pixel is shared out among L groups. -> pixels [B, H*W, d], grouping A [B, L, H*W]."""
+        """Eq. 1: share every pixel among L groups -> pixels [B, H*W, d], grouping A [B, L, H*W]."""
         F_LE = self.project(feature_map)  # [B, d, H, W]
-        A = self.W(F_LE).flatten(2).softmax(dim=1)  # [B, L, H*W]; over the groups, not over the pixels
+        A = self.W(F_LE).flatten(2).softmax(dim=1)  # [B, L, H*W]; over groups, not over pixels
         return F_LE.flatten(2).transpose(1, 2), A
 
     def speak(self, pixels, A):
-        """Eq. 2-4. pixels [B, H*W, d], A [B, L, H*W] -> U [B, L, d_w], cross-attention [B, L, H*W] or None."""
-        rho = A.sum(dim=2, keepdim=True).clamp_min(1e-6)  # [B, L, 1]; the guard is for a group that owns nothing
+        """Eq. 2-4. pixels [B, H*W, d], A [B, L, H*W] -> U [B, L, d_w], cross [B, L, H*W]."""
+        rho = A.sum(dim=2, keepdim=True).clamp_min(1e-6)  # [B, L, 1]; a group may own nothing
         Z = A @ pixels / rho  # Eq. 2: [B, L, d], each token the mean of the pixels it owns
         cross = None
-        if self.self_attention:  # Eq. 3: the tokens learn of each other
+        if self.self_attention:  # Eq. 3: the tokens look at each other
             attended, _ = attend(self.Q_r(Z), self.K_r(Z), self.V_r(Z))
             Z = Z + attended
             Z = Z + self.W_r2(F.gelu(self.W_r1(Z)))
@@ -88,13 +92,13 @@ class AdaptiveTokenLearner(nn.Module):
 
 
 def attend(q, k, v):
-    """One-head attention: q [B, L, d], k and v [B, S, d] -> [B, L, d] and the weights [B, L, S], which sum to 1 over S."""
+    """q [B, L, d], k and v [B, S, d] -> [B, L, d] and weights [B, L, S], summing to 1 over S."""
     weights = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(dim=-1)  # [B, L, S]
     return weights @ v, weights
 
 
 class QueryModel(nn.Module):
-    """All that the phone needs: pixels [B, 3, S, S] -> light encoder [B, C, H, W] -> mapper -> U [B, L, d_w]."""
+    """What the phone runs: pixels [B, 3, S, S] -> feature map [B, C, H, W] -> U [B, L, d_w]."""
 
     def __init__(self, encoder, mapper):
         super().__init__()
@@ -104,24 +108,25 @@ class QueryModel(nn.Module):
         return self.mapper(self.encoder(pixels))
 
 
-# ------------------------------------------------------------------- 3.2 learning with the frozen foundation model
+# ----------------------------------------- 3.2 learning with the frozen foundation model
 
 
 def compose_query(blip, U, modifiers=None, prompt="a photo of"):
-    """U [B, L, d_w] -> words [B, T, d_w] and mask [B, T] (int64, 1 = a token), ready for blip.encode_text and blip.match.
+    """U [B, L, d_w] -> words [B, T, d_w], mask [B, T] (int64, 1 = a token), as BLIP reads them.
 
-    Without modifiers the sentence is "[CLS] prompt u1 .. uL [SEP]" (training), with B strings it is
-    "[CLS] prompt u1 .. uL that modifier [SEP]" (section 3.3, see `continuation`). U takes the place of word-embedding rows, so
-    position embedding and LayerNorm still apply to it.
+    Without modifiers the sentence is "[CLS] prompt u1 .. uL [SEP]" (training); with B strings it is
+    "[CLS] prompt u1 .. uL that modifier [SEP]" (section 3.3). U replaces rows of the word
+    embedding, so BLIP still adds positions and applies LayerNorm.
     """
     modifiers = [""] * len(U) if modifiers is None else modifiers
     if isinstance(modifiers, str):
-        raise TypeError("modifiers should be a list of strings, one for each image, not one string")
+        raise TypeError("modifiers should be a list of strings, one for each image, not a string")
     if len(modifiers) != len(U):
-        raise ValueError(f"{len(U)} images but {len(modifiers)} modifiers; give one modifier for each image")
+        raise ValueError(f"{len(U)} images but {len(modifiers)} modifiers; give one for each image")
     head, _ = blip.tokenize([prompt])  # [1, P+2]
     tail, tail_mask = blip.tokenize([continuation(m) for m in modifiers])  # [B, M+2]
-    head, tail, tail_mask = head[:, :-1].expand(len(U), -1), tail[:, 1:], tail_mask[:, 1:]  # drop [SEP] and [CLS] inside
+    head = head[:, :-1].expand(len(U), -1)  # without [SEP]
+    tail, tail_mask = tail[:, 1:], tail_mask[:, 1:]  # without [CLS]
     rows = blip.embed_words(torch.cat([head, tail], dim=1))  # [B, P+1 + M+1, d_w]
     before, after = rows[:, : head.shape[1]], rows[:, head.shape[1] :]
     words = torch.cat([before, U.to(rows.dtype), after], dim=1)  # [B, T, d_w]
@@ -130,38 +135,41 @@ def compose_query(blip, U, modifiers=None, prompt="a photo of"):
 
 
 def continuation(modifier):
-    """What a modifier adds to the sentence: "that modifier", nothing if it is blank; where it begins with "that" itself, as a few
-    of CIRR's and FashionIQ's do, the word is not repeated."""
+    """What a modifier adds to the sentence: "that modifier", or "" if it is blank.
+
+    A few modifiers of CIRR and FashionIQ begin with "that" already; it is not repeated.
+    """
     modifier = re.sub(r"^\s*that\b", "", modifier, flags=re.IGNORECASE).strip()
     return f"that {modifier}" if modifier else ""
 
 
 def global_contrastive_distillation(v, t, temperature):
-    """GCD (Eq. 5, 6): each sentence finds its image among the batch's, and each image its sentence.
+    """GCD (Eq. 5, 6): each sentence finds its image in the batch, and each image its sentence.
 
-    v [B, E] image features and t [B, E] sentence features, unit norm; temperature tau. Returns a scalar.
+    v [B, E] image features, t [B, E] sentence features, unit norm; temperature tau -> scalar.
     """
-    with torch.autocast(v.device.type, enabled=False):  # bfloat16 would round logits near 50 to steps of 0.25
+    with torch.autocast(v.device.type, enabled=False):  # bf16 rounds logits near 50 by up to 0.125
         logits = v.float() @ t.float().T / temperature  # [B images, B sentences]
     own = torch.arange(len(v), device=v.device)
-    i2t, t2i = F.cross_entropy(logits, own), F.cross_entropy(logits.T, own)  # H(p, y) with one-hot y is cross-entropy
+    i2t, t2i = F.cross_entropy(logits, own), F.cross_entropy(logits.T, own)  # one-hot y
     return (i2t + t2i) / 2
 
 
 def local_alignment_regularization(blip, words, mask, F_v, v, t, return_logits=False):
-    """LAR (Eq. 7): BLIP's matching encoder has to tell each sentence's own image from a wrong one, and the reverse.
+    """LAR (Eq. 7): BLIP's matching head tells each sentence's own image from a wrong one.
 
-    words [B, T, d_w] and mask [B, T] from compose_query, F_v [B, 1+N, D], v and t [B, E]. Each sample gives one matched pair and
-    two wrong ones: its sentence with a hard image, its image with a hard sentence. Returns a scalar, the mean binary
-    cross-entropy over the 3B pairs; with return_logits also logits [3B, 2] and labels [3B] (1 = matched, the first B).
-    Raises ValueError for B = 1, where there is no wrong pair.
+    words [B, T, d_w] and mask [B, T] from compose_query, F_v [B, 1+N, D], v and t [B, E]. Each
+    sample gives one matched and two wrong pairs: its sentence with a hard image, its image with a
+    hard sentence. Returns the mean cross-entropy over the 3B pairs, a scalar; with return_logits
+    also logits [3B, 2] and labels [3B] (1 = matched, the first B). Raises ValueError for B = 1.
     """
     if len(words) < 2:
-        raise ValueError("local alignment regularization needs a batch of at least two images to find a wrong pair")
+        raise ValueError("local alignment regularization needs at least two images in a batch, "
+                         "to find a wrong pair")
     hard_image, hard_sentence = sample_hard_negatives(v, t, blip.temperature)
     own = torch.arange(len(words), device=words.device)
-    sentence = torch.cat([own, own, hard_sentence])  # [3B]: all three kinds of pairs in one pass,
-    image = torch.cat([own, hard_image, own])  # over B images: match projects each F^v to keys and values only once
+    sentence = torch.cat([own, own, hard_sentence])  # [3B]: all pairs in one pass, over B images:
+    image = torch.cat([own, hard_image, own])  # match projects each F^v to keys and values once
     # index_select: unlike that of words[sentence], its gradient is summed in a fixed order
     logits = blip.match(words.index_select(0, sentence), mask[sentence], F_v, image)
     labels = (sentence == image).long()  # a hard partner is never the own one
@@ -171,12 +179,12 @@ def local_alignment_regularization(blip, words, mask, F_v, v, t, return_logits=F
 
 @torch.no_grad()
 def sample_hard_negatives(v, t, temperature):
-    """For each sentence a wrong image, for each image a wrong sentence: int64 [B] and [B], the likelier the more alike.
+    """For each sentence a wrong image, for each image a wrong sentence: int64 [B] and [B].
 
-    BLIP's scheme: probability proportional to softmax(similarity / tau) + 1e-4, a sample's own partner excluded.
+    BLIP's scheme: drawn with weight softmax(similarity / tau) + 1e-4, the own partner excluded.
     """
     with torch.autocast(v.device.type, enabled=False):
         similarity = t.float() @ v.float().T / temperature  # [B sentences, B images]
     image_weights = (similarity.softmax(dim=1) + 1e-4).fill_diagonal_(0)
     sentence_weights = (similarity.T.softmax(dim=1) + 1e-4).fill_diagonal_(0)
-    return torch.multinomial(image_weights, 1)[:, 0], torch.multinomial(sentence_weights, 1)[:, 0]
+    return tuple(torch.multinomial(w, 1)[:, 0] for w in (image_weights, sentence_weights))

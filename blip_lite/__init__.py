@@ -14,7 +14,7 @@ checkpoint.py reads weights. `python -m blip_lite.download` fetches the official
 """
 
 from .blip import Blip
-from .checkpoint import infer_sizes, load, save
+from .checkpoint import MOST_PIXELS, check_finite, infer_sizes, load, save
 from .preprocess import MEAN, STD, to_pixels, to_rgb
 from .tokenizer import Tokenizer
 

@@ -71,6 +71,13 @@ def cut_log(path, step):
         file.write("".join(kept).encode())
 
 
+def log_row(path, row):
+    """Append a dict to a log as a line of JSON, its floats rounded to four places."""
+    row = {k: round(x, 4) if isinstance(x, float) else x for k, x in row.items()}
+    with explained(path), open(path, "a") as log:
+        log.write(json.dumps(row) + "\n")
+
+
 @contextmanager
 def locked(draft, wait=True):
     """Inside, no other process is inside for this folder, which is made, and removed again if it is left empty. Yields whether that

@@ -1,36 +1,137 @@
-"""What a training step sees: the order of images, augmentation, damaged files, v and F^v stored or computed."""
+"""What a training step sees: images in the order of an epoch, and what the frozen BLIP sees in them.
+
+    data = TrainingData(settings, blip, encoder)
+    for pixels, v, F_v in data.from_step(0):        # the steps of a whole run
+
+Order, augmentation and damage depend on the seed and the epoch alone: they are the same for any number
+of processes and workers, and any step is reached at once. Memory does not grow with the images.
+"""
 
 import sys
+from functools import partial
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 import blip_lite
+from plumbing.command import ignore_signals
 from plumbing.features import bytes_per_image, image_features
 from plumbing.images import find_images
+from plumbing.precision import autocast
 from plumbing.processes import process, wait_for_all
 
-RUN = 1000  # images that follow each other on disk and stay together when an epoch is shuffled, up to --shuffle-buffer
+RUN = 1000  # neighbours on disk that stay together when an epoch is shuffled, up to --shuffle-buffer
 
 
-class TrainingImages(torch.utils.data.Dataset):
-    """(epoch, i) -> image i as the query model sees it in that epoch, a pure function of seed, epoch and i; and what else a step
-    needs of it: BLIP's pixels where BLIP has to look at it now, or what is stored. `batch` puts samples together.
+class TrainingData:
+    """The unlabeled images of a run, and BLIP's v and F^v of each, stored or computed at every step.
+
+    settings: the dict of train.py's options. encoder: the light encoder, for its image_size and
+    normalization. count: readable images; batch: images a step over all processes; steps: of the run.
+    Raises ValueError if more than 1 % of the images are damaged (unless skip_bad_images) and if there
+    are fewer than two for each process.
     """
 
-    def __init__(self, images, encoder, args, features=None, blip_pixels=None):
-        self.images, self.features, self.blip_pixels, self.seed = images, features, blip_pixels, args.seed
-        self.size, self.normalization = encoder.image_size, encoder.normalization
-        self.augment = None
-        if args.crop < 1 or args.flip or args.randaugment:
-            from plumbing.augment import augmentation  # here, because importing torchvision takes as long as torch
+    def __init__(self, settings, blip, encoder):
+        self.settings, self.blip = settings, blip
+        rank, processes = process()
+        if rank > 0:
+            wait_for_all()
+        images = find_images(settings["images"], settings["cache_dir"])
+        if rank == 0:
+            wait_for_all()  # the first process writes the list of images, the others read it
+            v, F_v = (size * len(images) / 1e9 for size in bytes_per_image(blip))
+            print(f"{len(images)} images: v {v:.3g} GB, F^v {F_v:.3g} GB; --cache {settings['cache']}")
+        self.needs_maps = "lar" in settings["loss"]
+        features = None
+        if settings["cache"] != "none" and settings["gallery"] == "blip":
+            features = self.store(images)
+        self.bad = sorted(features.bad) if features else []
+        self.count = len(images) - len(self.bad)
+        self.batch = min(settings["batch"], self.count // processes * processes)
+        if self.batch < 2 * processes:
+            raise ValueError(f"{settings['images']}: holds {self.count} readable images, training "
+                             "needs at least two for each process")  # fmt: skip
+        self.steps = settings["epochs"] * (self.count // self.batch)
+        stored = features is not None and (features.F_v is not None or not self.needs_maps)
+        to_blip = None
+        if settings["gallery"] == "blip" and not stored:  # BLIP looks at the images at every step
+            to_blip = partial(blip_lite.to_pixels, image_size=blip.image_size,
+                              mean=blip_lite.MEAN, std=blip_lite.STD)  # fmt: skip
+        self.samples = TrainingImages(images, encoder, settings, features, to_blip)
 
-            self.augment = augmentation(self.size, args.crop, args.flip, args.randaugment)
+    def store(self, images):
+        """v, and F^v if LAR needs it and --cache is full, of all images -> Features."""
+        s, (rank, _) = self.settings, process()
+        maps = self.needs_maps and s["cache"] == "full"
+        features = image_features(self.blip, images, s["cache_dir"], maps, skip_bad=True,
+                                  precision=s["precision"], workers=s["workers"],
+                                  what="training images")  # fmt: skip
+        bad = features.bad
+        if rank == 0:
+            for why in list(bad.values())[:10]:
+                print(f"skipped: {why}", file=sys.stderr)
+        if len(bad) > 0.01 * len(images) and not s["skip_bad_images"]:
+            raise ValueError(f"{len(bad)} of {len(images)} images in {s['images']} are damaged, which is more "
+                             "than 1 %; fix them, or train without them by --skip-bad-images")  # fmt: skip
+        if bad and rank == 0:
+            print(f"skipped: {len(bad)} of {len(images)} images, which are damaged", file=sys.stderr)
+        return features
+
+    def from_step(self, first):
+        """Yield pixels [b, 3, S, S], v [b, E], F_v [b, 1+N, D] for each step from `first` on.
+
+        b = batch / processes. All float32, on BLIP's device; F_v is None where neither LAR nor a stored
+        map needs it, and both are None if the query side encodes the gallery itself. Damaged images are
+        reported, counted and replaced by their neighbours; raises ValueError for more than 1 %.
+        """
+        s, device, (rank, processes) = self.settings, self.blip.temp.device, process()
+        order = batches(self.count, self.bad, self.batch, s["seed"], first, self.steps,
+                        s["shuffle_buffer"], rank, processes)  # fmt: skip
+        loader = DataLoader(self.samples, batch_sampler=order, collate_fn=self.samples.collate,
+                            num_workers=s["workers"], pin_memory=device.type == "cuda",
+                            worker_init_fn=ignore_signals)  # fmt: skip
+        damaged = set()
+        for step, (pixels, blip_pixels, v, F_v, bad) in enumerate(loader, start=first):
+            if pixels is None:
+                raise ValueError(f"a hundred damaged images in a row, the first: {next(iter(bad.values()))}")
+            for why in bad.values():
+                print(f"skipped: {why}", file=sys.stderr)
+            damaged |= bad.keys()
+            seen = (step + 1 - first) * self.batch / processes
+            if len(damaged) > max(10, 0.01 * seen) and not s["skip_bad_images"]:
+                raise ValueError(f"{len(damaged)} images, more than 1 %, were damaged or missing up to step "
+                                 f"{step + 1}; fix them, or train without them by --skip-bad-images")  # fmt: skip
+            pixels, blip_pixels, v, F_v = (x if x is None else x.to(device, non_blocking=True)
+                                           for x in (pixels, blip_pixels, v, F_v))  # fmt: skip
+            if blip_pixels is not None:
+                with torch.no_grad(), autocast(device, s["precision"]):
+                    v, F_v = self.blip.encode_image(blip_pixels, cls_only=not self.needs_maps)
+            yield pixels, *(x if x is None else x.float() for x in (v, F_v))
+
+
+class TrainingImages(Dataset):
+    """(epoch, i) -> image i as the query model sees it in that epoch, and what the step needs besides.
+
+    to_blip: PIL image -> BLIP's pixels, where BLIP looks at the images at every step; or features, where
+    they are stored. Augmentation is a pure function of seed, epoch and i.
+    """
+
+    def __init__(self, images, encoder, settings, features=None, to_blip=None):
+        self.images, self.features, self.to_blip = images, features, to_blip
+        self.size, self.normalization = encoder.image_size, encoder.normalization
+        self.seed, self.augment = settings["seed"], None
+        crop, flip, randaugment = (settings[name] for name in ("crop", "flip", "randaugment"))
+        if crop < 1 or flip or randaugment:
+            from plumbing.augment import augmentation  # here: importing torchvision takes seconds
+
+            self.augment = augmentation(self.size, crop, flip, randaugment)
 
     def __getitem__(self, epoch_and_row):
-        """-> i, pixels [3, S, S], BLIP's pixels or None, {row: why it is damaged}; the next image stands in for a damaged one.
+        """-> i, pixels [3, S, S], BLIP's pixels or None, {row: why it is damaged}.
 
-        After a hundred damaged images i is None.
+        The next image stands in for a damaged one; after a hundred of them i is None.
         """
         epoch, row = epoch_and_row
         damaged = {}
@@ -46,33 +147,31 @@ class TrainingImages(torch.utils.data.Dataset):
                     torch.manual_seed(hash((self.seed, epoch, i)))
                     seen = self.augment(image)
             pixels = blip_lite.to_pixels(seen, self.size, *self.normalization)
-            return i, pixels, self.blip_pixels(image) if self.blip_pixels else None, damaged
-        return None, None, None, damaged  # an error in a worker would reach the user as its whole stack
+            return i, pixels, self.to_blip(image) if self.to_blip else None, damaged
+        return None, None, None, damaged  # raised here, in a worker, it would reach the user as a stack
 
-    def batch(self, samples):
-        """Samples -> dict: pixels [B, 3, S, S], blip_pixels, v [B, E], F_v [B, 1+N, D] (float16; these may be None), damaged;
-        or hopeless: why the first of a hundred damaged images is."""
+    def collate(self, samples):
+        """Samples -> pixels [b, 3, S, S], BLIP's pixels, v [b, E], F_v [b, 1+N, D] (float16), damaged.
+
+        pixels is None if one of the samples found a hundred damaged images in a row.
+        """
         rows, pixels, blip_pixels, damaged = zip(*samples, strict=True)
         if None in rows:
-            return {"hopeless": next(iter(damaged[rows.index(None)].values()))}
-        stored = lambda x: None if x is None else torch.from_numpy(x[rows])  # noqa: E731
-        return {
-            "pixels": torch.stack(pixels),
-            "blip_pixels": torch.stack(blip_pixels) if self.blip_pixels else None,
-            "v": stored(self.features and self.features.v),
-            "F_v": stored(self.features and self.features.F_v),
-            "damaged": {i: why for reasons in damaged for i, why in reasons.items()},
-        }
+            return None, None, None, None, damaged[rows.index(None)]
+        v, F_v = (None if not stored else torch.from_numpy(stored[rows])
+                  for stored in (self.features and self.features.v, self.features and self.features.F_v))  # fmt: skip
+        blip_pixels = torch.stack(blip_pixels) if self.to_blip else None
+        return torch.stack(pixels), blip_pixels, v, F_v, {i: why for d in damaged for i, why in d.items()}
 
 
 def epoch_order(n, seed, epoch, buffer, start=0):
-    """The numbers 0 .. n-1, each once, in the order of one epoch, from its place `start` on: arrays of at most `buffer`.
+    """The numbers 0 .. n-1, each once, in the order of one epoch from place `start` on.
 
-    Runs of images that lie together on disk are shuffled, then the images of every `buffer` that follow each other. Any place is
-    reached at once, and memory holds the buffer and a number for each run.
+    Yields arrays of at most `buffer`. Runs of neighbours on disk are shuffled, then every `buffer`
+    images that follow each other; memory holds the buffer and one number for each run.
     """
     random = np.random.default_rng((seed, epoch))
-    shift, runs = random.integers(n), random.permutation(n // RUN)  # shifted: the rest that fills no run is another each time
+    shift, runs = random.integers(n), random.permutation(n // RUN)  # shift: the incomplete run moves
     runs = np.append(runs, n // RUN)
     for block in range(start // buffer, -(-n // buffer)):
         place = np.arange(block * buffer, min(n, (block + 1) * buffer))
@@ -81,9 +180,10 @@ def epoch_order(n, seed, epoch, buffer, start=0):
 
 
 def batches(n, bad, batch, seed, first_step, steps, buffer, rank=0, processes=1):
-    """Lists of (epoch, row), this process's share of each step's batch: each epoch a new order, its last incomplete batch dropped.
+    """Lists of (epoch, row): this process's share of each step's batch.
 
-    n rows without the bad ones (sorted). What a step sees is the same for any number of processes and any first step.
+    Each epoch has a new order, and its last incomplete batch is dropped. n counts the rows that are not
+    in `bad` (sorted). A step's batch is the same for any number of processes and any first step.
     """
     per_epoch, share = n // batch, batch // processes
     bad = np.asarray(bad) - np.arange(len(bad))
@@ -96,29 +196,3 @@ def batches(n, bad, batch, seed, first_step, steps, buffer, rank=0, processes=1)
                 mine, waiting = waiting[rank * share : (rank + 1) * share], waiting[batch:]
                 mine = mine + np.searchsorted(bad, mine, side="right")  # the m-th row that is not bad
                 yield [(epoch, row) for row in mine.tolist()]
-
-
-def open_images(args, blip, precision):
-    """-> ImageList, its stored features (None with --cache none) and its damaged rows, sorted. Raises ValueError for too many."""
-    rank, _ = process()
-    if rank > 0:
-        wait_for_all()
-    images = find_images(args.images, args.cache_dir)
-    if rank == 0:
-        wait_for_all()  # the first process makes the list, the others find it
-        sizes = [size * len(images) / 1e9 for size in bytes_per_image(blip)]
-        print(f"{len(images)} images: v {sizes[0]:.3g} GB, F^v {sizes[1]:.3g} GB; --cache {args.cache}")
-    if args.cache == "none" or args.gallery == "query":
-        return images, None, []
-    maps = args.cache == "full" and "lar" in args.loss
-    features = image_features(blip, images, args.cache_dir, maps, skip_bad=True, precision=precision, workers=args.workers,
-                              what="training images")  # fmt: skip
-    if rank == 0:
-        for why in list(features.bad.values())[:10]:
-            print(f"skipped: {why}", file=sys.stderr)
-    if len(features.bad) > 0.01 * len(images) and not args.skip_bad_images:
-        counts = f"{len(features.bad)} of {len(images)} images in {args.images} are damaged"
-        raise ValueError(f"{counts}, which is more than 1 %; mend them, or train without them by --skip-bad-images")
-    if features.bad and rank == 0:
-        print(f"skipped: {len(features.bad)} of {len(images)} images, which are damaged", file=sys.stderr)
-    return images, features, sorted(features.bad)
