@@ -40,7 +40,7 @@ class AdaptiveTokenLearner(nn.Module):
     """
 
     def __init__(self, in_channels, word_dim, num_tokens=6, width=256, self_hidden=256,
-                 cross_hidden=512, self_attention=True, cross_attention=True):  # fmt: skip
+                 cross_hidden=512, self_attention=True, cross_attention=True):
         super().__init__()
         self.self_attention, self.cross_attention = self_attention, cross_attention
         self.project = nn.Conv2d(in_channels, width, kernel_size=1)

@@ -37,18 +37,16 @@ PRESETS = {
     "paper": dict(blip=None, image_size=224, encoder="efficientnet_b2", pretrained="imagenet",
                   name="paper", cache="none", epochs=20, batch=320, lr=3e-4, crop=0.5, flip=True,
                   randaugment=5),  # section 4.1
-}  # fmt: skip
+}
 
 
-# ------------------------------------------------------------------------------------- options
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=PRESETS, default="pocket", help="where defaults come from")
-    group = p.add_argument_group("data and frozen BLIP")
-    add = group.add_argument
+    add = add_shared_options(p.add_argument_group("frozen BLIP and data"), "--blip", "--vocab",
+                             "--image-size", "--cache-dir")
     add("--images", help="folder of images and .tar shards, with its sub-folders; pixels only")
-    add_shared_options(group, "--blip", "--vocab", "--image-size", "--cache-dir")
     add("--cache", choices=("none", "global", "full"), help="what to store: nothing, v (512 B an "
         "image; all that --loss gcd needs), or v and F^v (0.30 MB for ViT-B at 224 px); BLIP "
         "computes the rest at every step")
@@ -60,8 +58,7 @@ def parse_args(argv=None):
         "(Sym, Tables 2-4), blip-tuned a trained copy (Table 7), blip-v gives v (Pic2Word)")
     add("--query-size", type=int, help="side in pixels that it sees (default: its own)")
     add("--pretrained", help='"imagenet" (as in the paper), or a state dict for the encoder')
-    add("--no-pretrained", dest="pretrained", action="store_const", const=None,
-        help="random weights (* in Table 6)")
+    add("--no-pretrained", dest="pretrained", action="store_const", const=None, help="* in Table 6")
     add("--mapper", choices=query_side.MAPPERS, default="atl", help="adaptive token learner, simple"
         " tokenizer, a learner less one attention, or an MLP's one word (Tables 5, 11, 18-20)")
     add("--tokens", type=int, default=6, help="L, the length of the sentence (Figure 3)")
@@ -81,22 +78,19 @@ def parse_args(argv=None):
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror; breaks left and right")
     add("--randaugment", type=int, help="strength (0-30), without colour operations; 0 = none")
     add("--seed", type=int, default=0, help="weights, order, augmentation, negatives")
-    group = p.add_argument_group("run")
-    add = group.add_argument
+    add = add_shared_options(p.add_argument_group("run"), "--device", "--precision", "--workers",
+                             "--threads")
     add("--name", help="the run's folder is runs/NAME")
     add("--resume", action="store_true", help="from runs/NAME/last.pt, to bit-identical weights")
     add("--overwrite", action="store_true", help="start again although runs/NAME holds a run")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--compile", action="store_true", help="torch.compile the query model; pays on CUDA")
-    add_shared_options(group, "--device", "--precision", "--workers", "--threads")
     p.set_defaults(**PRESETS[p.parse_known_args(argv)[0].preset])
     args = p.parse_args(argv)
     check_options(p, args, epochs=1, batch=2, tokens=1, save_every=1, randaugment=0, threads=0,
                   workers=0, weight_decay=0, seed=0, shuffle_buffer=1, query_size=1, lar_weight=0)
     if args.lr <= 0 or not 0 < args.crop <= 1:
         p.error(f"--lr has to be positive and --crop in (0, 1], not {args.lr} and {args.crop}")
-    if args.randaugment > 30:
-        p.error(f"--randaugment has to be at most 30, not {args.randaugment}")
     if args.mapper == "mlp" and args.tokens != 1:
         p.error(f"--mapper mlp makes one word: give --tokens 1, not {args.tokens}")
     for name in ("blip", "images"):
@@ -105,7 +99,6 @@ def parse_args(argv=None):
     return args
 
 
-# ------------------------------------------------------------------------------------ training
 def learning_rate(step, steps, peak):
     """Section 4.1: linear warm-up for 5 of 20 epochs, then cosine annealing to 0; any length."""
     warmup = steps // 4
@@ -124,8 +117,7 @@ def prepare(args):
                          "--overwrite or give another --name")
     check_folder(run)
     if args.batch % processes:
-        raise ValueError(f"--batch {args.batch} cannot be split among {processes} processes; give "
-                         f"a multiple of {processes}")
+        raise ValueError(f"--batch {args.batch} is no multiple of the {processes} processes")
     blip, settings["precision"] = open_blip(settings, round_weights=False)
     if begun and args.resume and args.precision == "auto":  # this machine may be another one
         settings["precision"] = read_checkpoint(run / "last.pt")["settings"]["precision"]
@@ -184,7 +176,7 @@ def train(args):
         with autocast(device, precision):
             if "lar" in args.loss and gcd.isfinite():  # no negatives can be drawn from NaN
                 beside, logits, labels = isa.local_alignment_regularization(
-                    blip, words, mask, F_v.float(), v, t, return_logits=True)
+                        blip, words, mask, F_v.float(), v, t, return_logits=True)
                 weight, matched = args.lar_weight, (logits.argmax(1) == labels).float().mean()
             elif sentences:
                 beside = text_regularization(U, v)
@@ -220,7 +212,7 @@ def train(args):
 
 def interrupted(args):
     last = Path("runs") / args.name / "last.pt"
-    kept = f"--resume continues from {last}" if last.exists() else "stored features are kept"
+    kept = f"--resume continues from {last}" if last.exists() else "no checkpoint was written"
     return f"interrupted; {kept}"
 
 

@@ -1,4 +1,5 @@
-"""How every command ends: one line on an error, nothing half-written, the exit status that shells expect."""
+"""How every command ends: one line on an error, nothing half-written, the exit status that shells
+expect."""
 
 import multiprocessing
 import signal
@@ -8,7 +9,7 @@ import torch
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 KNOWN = {  # a sign in PyTorch's RuntimeErrors -> what it means for the user
-    "DataLoader worker": "a worker was killed, perhaps out of memory; run again with fewer --workers",
+    "DataLoader worker": "a worker was killed, perhaps out of memory; use fewer --workers",
     "by peer": "another process of this run ended first; its message says why",  # under torchrun
 }
 
@@ -72,14 +73,16 @@ def note_signals(at_once=True):
 
 
 def ignore_signals(*_):
-    """For worker processes: signals reach every process of a run, but the main one decides what ends."""
+    """For worker processes: signals reach every process of a run, but the main one decides what
+    ends."""
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers():
-    """Kill the workers that are left: they ignore Python's SIGTERM, and it would wait for them forever."""
+    """Kill the workers that are left: they ignore Python's SIGTERM, and it would wait for them
+    forever."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler complains of killed workers
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler complains
     for worker in multiprocessing.active_children():
         worker.kill()

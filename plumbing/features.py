@@ -20,7 +20,16 @@ import torch
 from tqdm import tqdm
 
 from blip_lite.preprocess import MEAN, STD, to_pixels
-from plumbing.files import check_folder, clear, complete, explained, flush, locked, remove_abandoned, replacing
+from plumbing.files import (
+    check_folder,
+    clear,
+    complete,
+    explained,
+    flush,
+    locked,
+    remove_abandoned,
+    replacing,
+)
 from plumbing.images import Rows, load_images
 from plumbing.precision import autocast
 from plumbing.processes import from_the_first, process, wait_for_all

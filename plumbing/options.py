@@ -6,24 +6,28 @@ from pathlib import PurePath
 import torch
 
 SHARED = {  # declared once; `add_shared_options` adds the ones that a command needs
-    "--blip": dict(default="pocket", help='"pocket", a Salesforce .pth, or a Hugging Face folder or file'),
+    "--blip": dict(default="pocket", help='"pocket", a Salesforce .pth, or a Hugging Face folder '
+                   "or file"),
     "--vocab": dict(help="BERT's vocab.txt, if it is not beside the BLIP checkpoint"),
-    "--image-size": dict(type=int, help="side in pixels that BLIP sees; the same in training and evaluation "
-                         "(default: the checkpoint's)"),
+    "--image-size": dict(type=int, help="side in pixels that BLIP sees, the same in training "
+                         "and evaluation (default: the checkpoint's)"),
     "--cache-dir": dict(default="cache", help="folder for stored features"),
     "--device": dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"),
     "--precision": dict(choices=("auto", "bf16", "fp32"), default="auto",
                         help="auto: bf16 where the processor or GPU supports it"),
-    "--workers": dict(type=int, default=1, help="processes that decode images, for each torchrun process"),
-    "--threads": dict(type=int, default=0, help="CPU threads (0 = all); 1 where several runs share a machine"),
-}  # fmt: skip
-MOST = {"seed": 2**32 - 1, "threads": 1024, "workers": 256}  # beyond, PyTorch overflows or crashes
+    "--workers": dict(type=int, default=1, help="processes that decode images"),
+    "--threads": dict(type=int, default=0, help="CPU threads, 0 = all; 1 where runs share a CPU"),
+}
+# Beyond these PyTorch overflows or crashes, and RandAugment has no such strength
+MOST = {"seed": 2**32 - 1, "threads": 1024, "workers": 256, "randaugment": 30}
 
 
 def add_shared_options(parser, *names):
-    """Add the options called `names`, all of SHARED by default, to a parser or an argument group."""
+    """Add the options called `names`, all of SHARED by default, to a parser or an argument
+    group."""
     for name in names or SHARED:
         parser.add_argument(name, **SHARED[name])
+    return parser.add_argument
 
 
 def check_options(parser, args, **least):
@@ -52,7 +56,8 @@ def check_options(parser, args, **least):
 
 
 def check_lengths(blip, prompt, tokens, texts):
-    """ValueError if a composed query, [CLS] prompt u1 .. uL text [SEP], is longer than BLIP's positions.
+    """ValueError if a composed query, [CLS] prompt u1 .. uL text [SEP], is longer than BLIP's
+    positions.
 
     tokens: L. texts: pairs (what the text is called, the text), the latter as isa.continuation
     returns it; it may be empty.

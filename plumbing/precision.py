@@ -11,13 +11,15 @@ import blip_lite
 
 
 def cpu_flags():
-    """What the processor says it can do, as Linux lists it ("avx2", "amx_bf16", ...); empty elsewhere."""
+    """What the processor says it can do, as Linux lists it ("avx2", "amx_bf16", ...); empty
+    elsewhere."""
     info = Path("/proc/cpuinfo")
     return set(info.read_text().split()) if info.exists() else set()
 
 
 def pick_precision(device):
-    """"bf16" where this device multiplies bfloat16 matrices in hardware, else "fp32"; never timed."""
+    """"bf16" where this device multiplies bfloat16 matrices in hardware, else "fp32"; never
+    timed."""
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} else "fp32"
@@ -31,7 +33,8 @@ def autocast(device, precision):
 
 
 def open_blip(settings, round_weights=True):
-    """The frozen BLIP that a dict of options names -> blip, precision ("bf16" or "fp32") to run it in.
+    """The frozen BLIP that a dict of options names -> blip, precision ("bf16" or "fp32") to run it
+    in.
 
     Reads blip, vocab, image_size, device, precision and threads. round_weights=False leaves its
     weights in float32, for a caller that copies some of them first and then rounds the rest itself.
@@ -61,10 +64,11 @@ def round_frozen_weights(blip, precision):
 def keep_freed_memory():
     """Ask glibc to keep freed memory for the next allocation.
 
-    By default it returns large blocks to the kernel, which zeroes them again at every step: on a CPU
-    a sixth of a full-size training step (tests/speed.py step). Does nothing except on Linux.
+    By default it returns large blocks to the kernel, which zeroes them again at every step: on a
+    CPU a sixth of a full-size training step (tests/speed.py step). Does nothing except on Linux.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        for option, value in ((-4, 0), (-1, -1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        # M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never) and M_TOP_PAD
+        for option, value in ((-4, 0), (-1, -1), (-2, 2**28)):
             libc.mallopt(option, value)

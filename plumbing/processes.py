@@ -1,4 +1,5 @@
-"""Several processes under torchrun: how they meet and what they exchange. With one, all of it does nothing."""
+"""Several processes under torchrun: how they meet and what they exchange. With one, all of it does
+nothing."""
 
 import os
 import warnings
@@ -43,8 +44,10 @@ def gather(x):
 
 
 def agree(*values):
-    """The mean over all processes of some scalars, the first a tensor, as floats; one GPU sync for all."""
-    values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=values[0].device) for v in values])
+    """The mean over all processes of some scalars, the first a tensor, as floats; one GPU sync for
+    all."""
+    like = dict(dtype=torch.float32, device=values[0].device)
+    values = torch.stack([torch.as_tensor(v, **like) for v in values])
     if process()[1] > 1:
         dist.all_reduce(values)
     return (values / process()[1]).tolist()
@@ -64,14 +67,14 @@ def join_processes(device):
             raise ValueError(f"more processes than GPUs here ({count}); lower --nproc_per_node")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    # DDP warns that a 1x1 convolution's gradient has another memory layout, which for 1x1 is the same
+    # DDP warns of another memory layout of 1x1 convolutions' gradients; for 1x1 they are the same
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     try:
         hours = timedelta(hours=12)  # storing features may take long
         dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=hours)
-    except (RuntimeError, ValueError) as error:  # the port is taken, or the first process is missing
+    except (RuntimeError, ValueError) as error:  # port taken, or no first process
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
         raise ValueError(f"the processes cannot meet at {where} ({reason}); "
-                         "`torchrun --standalone` finds a free port") from None  # fmt: skip
+                         "`torchrun --standalone` finds a free port") from None
     return device

@@ -1,10 +1,12 @@
-"""What a training step sees: images in the order of an epoch, and what the frozen BLIP sees in them.
+"""What a training step sees: images in the order of an epoch, and what the frozen BLIP sees in
+them.
 
     data = TrainingData(settings, blip, encoder)
     for pixels, v, F_v in data.from_step(0):        # the steps of a whole run
 
-Order, augmentation and damage depend on the seed and the epoch alone: they are the same for any number
-of processes and workers, and any step is reached at once. Memory does not grow with the images.
+Order, augmentation and damage depend on the seed and the epoch alone: they are the same for any
+number of processes and workers, and any step is reached at once. Memory does not grow with the
+images.
 """
 
 import sys
@@ -21,16 +23,17 @@ from plumbing.images import find_images
 from plumbing.precision import autocast
 from plumbing.processes import process, wait_for_all
 
-RUN = 1000  # neighbours on disk that stay together when an epoch is shuffled, up to --shuffle-buffer
+RUN = 1000  # neighbours on disk that an epoch's shuffle keeps together, up to --shuffle-buffer
 
 
 class TrainingData:
-    """The unlabeled images of a run, and BLIP's v and F^v of each, stored or computed at every step.
+    """The unlabeled images of a run, and BLIP's v and F^v of each, stored or computed at every
+    step.
 
     settings: the dict of train.py's options. encoder: the light encoder, for its image_size and
-    normalization. count: readable images; batch: images a step over all processes; steps: of the run.
-    Raises ValueError if more than 1 % of the images are damaged (unless skip_bad_images) and if there
-    are fewer than two for each process.
+    normalization. count: readable images; batch: images a step over all processes; steps: of the
+    run. Raises ValueError if more than 1 % of the images are damaged (unless skip_bad_images) and
+    if there are fewer than two for each process.
     """
 
     def __init__(self, settings, blip, encoder):
@@ -42,7 +45,8 @@ class TrainingData:
         if rank == 0:
             wait_for_all()  # the first process writes the list of images, the others read it
             v, F_v = (size * len(images) / 1e9 for size in bytes_per_image(blip))
-            print(f"{len(images)} images: v {v:.3g} GB, F^v {F_v:.3g} GB; --cache {settings['cache']}")
+            print(f"{len(images)} images: v {v:.3g} GB, F^v {F_v:.3g} GB; "
+                  f"--cache {settings['cache']}")
         self.needs_maps = "lar" in settings["loss"]
         features = None
         if settings["cache"] != "none" and settings["gallery"] == "blip":
@@ -52,13 +56,13 @@ class TrainingData:
         self.batch = min(settings["batch"], self.count // processes * processes)
         if self.batch < 2 * processes:
             raise ValueError(f"{settings['images']}: holds {self.count} readable images, training "
-                             "needs at least two for each process")  # fmt: skip
+                             "needs at least two for each process")
         self.steps = settings["epochs"] * (self.count // self.batch)
         stored = features is not None and (features.F_v is not None or not self.needs_maps)
         to_blip = None
         if settings["gallery"] == "blip" and not stored:  # BLIP looks at the images at every step
             to_blip = partial(blip_lite.to_pixels, image_size=blip.image_size,
-                              mean=blip_lite.MEAN, std=blip_lite.STD)  # fmt: skip
+                              mean=blip_lite.MEAN, std=blip_lite.STD)
         self.samples = TrainingImages(images, encoder, settings, features, to_blip)
 
     def store(self, images):
@@ -67,44 +71,48 @@ class TrainingData:
         maps = self.needs_maps and s["cache"] == "full"
         features = image_features(self.blip, images, s["cache_dir"], maps, skip_bad=True,
                                   precision=s["precision"], workers=s["workers"],
-                                  what="training images")  # fmt: skip
+                                  what="training images")
         bad = features.bad
         if rank == 0:
             for why in list(bad.values())[:10]:
                 print(f"skipped: {why}", file=sys.stderr)
         if len(bad) > 0.01 * len(images) and not s["skip_bad_images"]:
-            raise ValueError(f"{len(bad)} of {len(images)} images in {s['images']} are damaged, which is more "
-                             "than 1 %; fix them, or train without them by --skip-bad-images")  # fmt: skip
+            raise ValueError(f"{len(bad)} of {len(images)} images in {s['images']} are damaged, "
+                             "which is more than 1 %; fix them, or train without them by "
+                             "--skip-bad-images")
         if bad and rank == 0:
-            print(f"skipped: {len(bad)} of {len(images)} images, which are damaged", file=sys.stderr)
+            print(f"skipped: {len(bad)} of {len(images)} images are damaged", file=sys.stderr)
         return features
 
     def from_step(self, first):
         """Yield pixels [b, 3, S, S], v [b, E], F_v [b, 1+N, D] for each step from `first` on.
 
-        b = batch / processes. All float32, on BLIP's device; F_v is None where neither LAR nor a stored
-        map needs it, and both are None if the query side encodes the gallery itself. Damaged images are
-        reported, counted and replaced by their neighbours; raises ValueError for more than 1 %.
+        b = batch / processes. All float32, on BLIP's device; F_v is None where neither LAR nor a
+        stored map needs it, and both are None if the query side encodes the gallery itself. Damaged
+        images are reported, counted and replaced by their neighbours; raises ValueError for more
+        than 1 %.
         """
         s, device, (rank, processes) = self.settings, self.blip.temp.device, process()
         order = batches(self.count, self.bad, self.batch, s["seed"], first, self.steps,
-                        s["shuffle_buffer"], rank, processes)  # fmt: skip
+                        s["shuffle_buffer"], rank, processes)
         loader = DataLoader(self.samples, batch_sampler=order, collate_fn=self.samples.collate,
                             num_workers=s["workers"], pin_memory=device.type == "cuda",
-                            worker_init_fn=ignore_signals)  # fmt: skip
+                            worker_init_fn=ignore_signals)
         damaged = set()
         for step, (pixels, blip_pixels, v, F_v, bad) in enumerate(loader, start=first):
             if pixels is None:
-                raise ValueError(f"a hundred damaged images in a row, the first: {next(iter(bad.values()))}")
+                first_of = next(iter(bad.values()))
+                raise ValueError(f"a hundred damaged images in a row, the first: {first_of}")
             for why in bad.values():
                 print(f"skipped: {why}", file=sys.stderr)
             damaged |= bad.keys()
             seen = (step + 1 - first) * self.batch / processes
             if len(damaged) > max(10, 0.01 * seen) and not s["skip_bad_images"]:
-                raise ValueError(f"{len(damaged)} images, more than 1 %, were damaged or missing up to step "
-                                 f"{step + 1}; fix them, or train without them by --skip-bad-images")  # fmt: skip
+                raise ValueError(f"{len(damaged)} images, more than 1 %, were damaged or missing "
+                                 f"up to step {step + 1}; fix them, or train without them by "
+                                 "--skip-bad-images")
             pixels, blip_pixels, v, F_v = (x if x is None else x.to(device, non_blocking=True)
-                                           for x in (pixels, blip_pixels, v, F_v))  # fmt: skip
+                                           for x in (pixels, blip_pixels, v, F_v))
             if blip_pixels is not None:
                 with torch.no_grad(), autocast(device, s["precision"]):
                     v, F_v = self.blip.encode_image(blip_pixels, cls_only=not self.needs_maps)
@@ -112,10 +120,11 @@ class TrainingData:
 
 
 class TrainingImages(Dataset):
-    """(epoch, i) -> image i as the query model sees it in that epoch, and what the step needs besides.
+    """(epoch, i) -> image i as the query model sees it in that epoch, and what the step needs
+    besides.
 
-    to_blip: PIL image -> BLIP's pixels, where BLIP looks at the images at every step; or features, where
-    they are stored. Augmentation is a pure function of seed, epoch and i.
+    to_blip: PIL image -> BLIP's pixels, where BLIP looks at the images at every step; or features,
+    where they are stored. Augmentation is a pure function of seed, epoch and i.
     """
 
     def __init__(self, images, encoder, settings, features=None, to_blip=None):
@@ -148,20 +157,22 @@ class TrainingImages(Dataset):
                     seen = self.augment(image)
             pixels = blip_lite.to_pixels(seen, self.size, *self.normalization)
             return i, pixels, self.to_blip(image) if self.to_blip else None, damaged
-        return None, None, None, damaged  # raised here, in a worker, it would reach the user as a stack
+        return None, None, None, damaged  # an error in a worker reaches the user as a traceback
 
     def collate(self, samples):
-        """Samples -> pixels [b, 3, S, S], BLIP's pixels, v [b, E], F_v [b, 1+N, D] (float16), damaged.
+        """Samples -> pixels [b, 3, S, S], BLIP's pixels, v [b, E], F_v [b, 1+N, D] (float16),
+        damaged.
 
         pixels is None if one of the samples found a hundred damaged images in a row.
         """
         rows, pixels, blip_pixels, damaged = zip(*samples, strict=True)
         if None in rows:
             return None, None, None, None, damaged[rows.index(None)]
-        v, F_v = (None if not stored else torch.from_numpy(stored[rows])
-                  for stored in (self.features and self.features.v, self.features and self.features.F_v))  # fmt: skip
+        stored = (self.features.v, self.features.F_v) if self.features else (None, None)
+        v, F_v = (x if x is None else torch.from_numpy(x[rows]) for x in stored)
         blip_pixels = torch.stack(blip_pixels) if self.to_blip else None
-        return torch.stack(pixels), blip_pixels, v, F_v, {i: why for d in damaged for i, why in d.items()}
+        damaged = {i: why for reasons in damaged for i, why in reasons.items()}
+        return torch.stack(pixels), blip_pixels, v, F_v, damaged
 
 
 def epoch_order(n, seed, epoch, buffer, start=0):
@@ -171,19 +182,21 @@ def epoch_order(n, seed, epoch, buffer, start=0):
     images that follow each other; memory holds the buffer and one number for each run.
     """
     random = np.random.default_rng((seed, epoch))
-    shift, runs = random.integers(n), random.permutation(n // RUN)  # shift: the incomplete run moves
+    shift, runs = random.integers(n), random.permutation(n // RUN)  # the incomplete run moves
     runs = np.append(runs, n // RUN)
     for block in range(start // buffer, -(-n // buffer)):
         place = np.arange(block * buffer, min(n, (block + 1) * buffer))
         rows = (runs[place // RUN] * RUN + place % RUN + shift) % n
-        yield np.random.default_rng((seed, epoch, block)).permutation(rows)[max(0, start - block * buffer) :]
+        rows = np.random.default_rng((seed, epoch, block)).permutation(rows)
+        yield rows[max(0, start - block * buffer) :]
 
 
 def batches(n, bad, batch, seed, first_step, steps, buffer, rank=0, processes=1):
     """Lists of (epoch, row): this process's share of each step's batch.
 
-    Each epoch has a new order, and its last incomplete batch is dropped. n counts the rows that are not
-    in `bad` (sorted). A step's batch is the same for any number of processes and any first step.
+    Each epoch has a new order, and its last incomplete batch is dropped. n counts the rows that are
+    not in `bad` (sorted). A step's batch is the same for any number of processes and any first
+    step.
     """
     per_epoch, share = n // batch, batch // processes
     bad = np.asarray(bad) - np.arange(len(bad))
@@ -194,5 +207,5 @@ def batches(n, bad, batch, seed, first_step, steps, buffer, rank=0, processes=1)
             waiting = np.append(waiting, rows)
             while len(waiting) >= batch:
                 mine, waiting = waiting[rank * share : (rank + 1) * share], waiting[batch:]
-                mine = mine + np.searchsorted(bad, mine, side="right")  # the m-th row that is not bad
+                mine = mine + np.searchsorted(bad, mine, side="right")  # the m-th sound row
                 yield [(epoch, row) for row in mine.tolist()]

@@ -1,7 +1,9 @@
-"""The query side as a whole: built from settings, saved and resumed by train.py, loaded by everyone else.
+"""The query side as a whole: built from settings, saved and resumed by train.py, loaded by everyone
+else.
 
-A checkpoint is a dict: query_model (state dict), settings (train.py's options), blip (the fingerprint of
-the BLIP whose words it speaks), images, step; runs/NAME/last.pt also holds the optimizer.
+A checkpoint is a dict: query_model (state dict), settings (train.py's options), blip (the
+fingerprint of the BLIP whose words it speaks), images, step; runs/NAME/last.pt also holds the
+optimizer.
 """
 
 import torch
@@ -24,8 +26,9 @@ MAPPERS = (*LEARNERS, "mlp")  # that train.py offers; SEARLE's phi has a trainin
 MAY_CHANGE = {  # settings that a resumed run may have otherwise
     "name", "images", "cache", "cache_dir", "workers", "threads", "resume", "overwrite", "device",
     "save_every", "blip", "vocab", "compile",
-}  # fmt: skip
-OTHER_VERSION = "was written by another version of this program; train again, with --overwrite or another --name"
+}
+OTHER_VERSION = ("was written by another version of this program; train again, with --overwrite "
+                 "or another --name")
 
 
 def build_query_model(settings, blip, pretrained=None):
@@ -52,10 +55,11 @@ def read_checkpoint(path):
     except IsADirectoryError:
         raise ValueError(f"{path}: is a folder; name the isa.pt in it") from None
     except PermissionError:
-        raise ValueError(f"{path}: cannot be read; change its permissions, or name another checkpoint") from None
+        raise ValueError(f"{path}: cannot be read; change its permissions, or name another "
+                         "checkpoint") from None
     except Exception:  # torch.load reports damaged files in many ways
-        raise ValueError(f"{path}: is damaged or was not written by train.py; train again or name another "
-                         "checkpoint (BLIP's weights go to --blip)") from None  # fmt: skip
+        raise ValueError(f"{path}: is damaged or was not written by train.py; train again or name "
+                         "another checkpoint (BLIP's weights go to --blip)") from None
     check_finite(checkpoint["query_model"], f"{path}:", "train again, with a lower --lr")
     return checkpoint
 
@@ -67,8 +71,9 @@ def load_query_model(path, blip):
     """
     checkpoint = read_checkpoint(path)
     if checkpoint["blip"] != blip.fingerprint:
-        raise ValueError(f"{path}: was trained against BLIP {checkpoint['blip']}, this one is {blip.fingerprint}; "
-                         "their word spaces differ: give the same --blip and --image-size as in training")  # fmt: skip
+        raise ValueError(f"{path}: was trained against BLIP {checkpoint['blip']}, this one is "
+                         f"{blip.fingerprint}; their word spaces differ: give the same --blip and "
+                         "--image-size as in training")
     try:
         model = build_query_model(checkpoint["settings"], blip)
     except (KeyError, ValueError):
@@ -78,7 +83,8 @@ def load_query_model(path, blip):
 
 
 def load_state(model, state, path):
-    """Load a state dict of the checkpoint `path` into a model or an optimizer; ValueError if it does not fit."""
+    """Load a state dict of the checkpoint `path` into a model or an optimizer; ValueError if it
+    does not fit."""
     try:
         model.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError):
@@ -93,8 +99,9 @@ def save_run(run, step, settings, blip, images, query_model, optimizer):
     weights = query_model.state_dict()
     if not all(x.isfinite().all() for x in weights.values()):
         raise ValueError(f"weights are not finite after step {step} and are not saved; "
-                         "lower --lr and start again with --overwrite")  # fmt: skip
-    state = {"query_model": weights, "settings": settings, "blip": blip.fingerprint, "images": images, "step": step}
+                         "lower --lr and start again with --overwrite")
+    state = {"query_model": weights, "settings": settings, "blip": blip.fingerprint,
+             "images": images, "step": step}
     with replacing(run / "last.pt") as file:
         torch.save({**state, "optimizer": optimizer.state_dict()}, file)
     with replacing(run / "isa.pt") as file:
@@ -104,23 +111,25 @@ def save_run(run, step, settings, blip, images, query_model, optimizer):
 def resume_run(run, settings, blip, images, query_model, optimizer):
     """Load last.pt of the folder `run` into the model and the optimizer -> the next step.
 
-    isa.pt is written again from it, since a kill may have come between the two files. Raises ValueError
-    if the settings, the BLIP or the number of images differ.
+    isa.pt is written again from it, since a kill may have come between the two files. Raises
+    ValueError if the settings, the BLIP or the number of images differ.
     """
     path = run / "last.pt"
     checkpoint = read_checkpoint(path)
-    fixed, was = sorted(settings.keys() - MAY_CHANGE), checkpoint["settings"]  # sorted: names the same one each time
+    was, fixed = checkpoint["settings"], sorted(settings.keys() - MAY_CHANGE)
     if not {"optimizer", "images", "step"} <= checkpoint.keys() or set(fixed) - was.keys():
         raise ValueError(f"{path}: {OTHER_VERSION}")
     for name in fixed:
         if was[name] != settings[name]:
-            raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {was[name]}, not {settings[name]}; "
-                             "resume with the same settings, or give another --name")  # fmt: skip
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{path} was trained with {option} {was[name]}, not {settings[name]}; "
+                             "resume with the same settings, or give another --name")
     if checkpoint["blip"] != blip.fingerprint:
-        raise ValueError(f"{path} was trained against BLIP {checkpoint['blip']}, not {blip.fingerprint}; "
-                         "give the same --blip")  # fmt: skip
+        raise ValueError(f"{path} was trained against BLIP {checkpoint['blip']}, not "
+                         f"{blip.fingerprint}; give the same --blip")
     if checkpoint["images"] != images:
-        raise ValueError(f"{path} was trained on {checkpoint['images']} images, not {images}; give the same --images")
+        raise ValueError(f"{path} was trained on {checkpoint['images']} images, not {images}; "
+                         "give the same --images")
     load_state(query_model, checkpoint["query_model"], path)
     load_state(optimizer, checkpoint["optimizer"], path)
     return checkpoint["step"]
