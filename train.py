@@ -117,7 +117,8 @@ def prepare(args):
                          "--overwrite or give another --name")
     check_folder(run)
     if args.batch % processes:
-        raise ValueError(f"--batch {args.batch} is no multiple of the {processes} processes")
+        raise ValueError(f"--batch {args.batch} cannot be split among {processes} processes; give "
+                         f"a multiple of {processes}")
     blip, settings["precision"] = open_blip(settings, round_weights=False)
     if begun and args.resume and args.precision == "auto":  # this machine may be another one
         settings["precision"] = read_checkpoint(run / "last.pt")["settings"]["precision"]
