@@ -15,6 +15,7 @@ Runs are kept in runs/tables/NAME-SEED. Finished ones are not repeated, and stop
 
 import argparse
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -34,12 +35,13 @@ def needed(names, seeds, imagenet=False):
     found = {}
     for name in names:
         entry = tables.TABLES.get(name)
-        group = entry.rows if entry else "LAR" if name == "lar" else None
-        rows = [row["ours"] for row in numbers.ROWS.get(group, {}).values()]
-        for ours in rows or figures.FIGURES.get(name, [()])[0]:
-            keys = [(runs.folder_of(ours), None)] if runs.folder_of(ours) else []
+        rows = numbers.ROWS.get(entry.rows if entry else name, {})
+        wanted = [(row["ours"], seeds) for row in rows.values()]
+        wanted += [(run, seeds[:1]) for run in figures.FIGURES.get(name, [()])[0]]
+        for ours, some in wanted:
+            keys = [(runs.FOLDERS[ours], None)] if ours in runs.FOLDERS else []
             if ours in numbers.RUNS and (imagenet or ours not in runs.WITH_WEIGHTS):
-                keys = [(ours, seed) for seed in runs.seeds_of(ours, seeds)][: None if rows else 1]
+                keys = [(ours, seed) for seed in runs.seeds_of(ours, some)]
             for key in keys:
                 splits = found.setdefault(key, [])
                 if entry and entry.split not in splits:
@@ -71,12 +73,13 @@ def preamble(args):
     recipe = vars(train.parse_args(runs.training("isa", 0)[1:]))
     paths = sorted(runs.HOME.glob("isa-*/isa.pt"))
     images = sorted({int(query_side.read_checkpoint(path)["images"]) for path in paths})
-    seconds, count = runs.recorded()
+    logs = [path.read_text() for path in sorted(runs.HOME.glob("*/log.txt"))]
+    seconds = sum(int(s) for log in logs for s in re.findall(r"^\S+: (\d+) s$", log, re.M))
     text = numbers.NOTES["RESULTS.md"].format(
         recipe=recipe, epochs=f"{recipe['epochs']} epoch{'s' * (recipe['epochs'] > 1)}",
         images=" or ".join(map(str, images)) or "all", searle=numbers.RUNS["searle"][-1],
         seeds=", ".join(map(str, args.seeds)), machine=costs.machine(args.threads),
-        hours=seconds / 3600, runs=count,
+        hours=seconds / 3600, runs=len(logs),
     )  # fmt: skip
     return ["# Results: every table and figure of the paper, ours beside the paper's", "", text, ""]
 
@@ -84,8 +87,8 @@ def preamble(args):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(prog="python -m paper", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    p.add_argument("names", nargs="+", metavar="NAME",
-                   help=f"{', '.join(ALL)} or all; `commands` before them: print, do not run")
+    p.add_argument("names", nargs="+", metavar="NAME", choices=(*ALL, "all", "commands"),
+                   help=f"{', '.join(ALL)} or all; with `commands`: print, do not run")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],
                    help="of every trained row; one is enough for a quick look")
     p.add_argument("--threads", type=int, default=0, help="CPU threads of a run (0 = all)")
@@ -95,15 +98,13 @@ def parse_args(argv=None):
     p.add_argument("--out", help="also write to this file (default of all: paper/RESULTS.md)")
     args = p.parse_args(argv)
     check_options(p, args, threads=0)
-    args.commands = args.names[0] == "commands"
-    args.names = args.names[args.commands :]
-    args.all = "all" in args.names
-    unknown = [name for name in args.names if name not in (*ALL, "all")]
-    if unknown or not args.names:
-        p.error(f"there is no table or figure {' '.join(unknown)}; choose from {' '.join(ALL)} all")
+    args.commands, args.all = "commands" in args.names, "all" in args.names
+    args.names = [name for name in dict.fromkeys(args.names) if name != "commands"]
+    if not args.names:
+        p.error("commands of which tables? name some, or all")
     if not all(0 <= seed < 2**32 for seed in args.seeds) or len({*args.seeds}) < len(args.seeds):
         p.error("--seeds have to be different numbers, at least 0 and below 2**32")
-    args.names = list(ALL) if args.all else list(dict.fromkeys(args.names))
+    args.names = list(ALL) if args.all else args.names
     args.out = args.out or ("paper/RESULTS.md" if args.all else None)
     return args
 

@@ -5,7 +5,7 @@ import os
 import platform
 import random
 import statistics
-import time
+import timeit
 
 import numpy as np
 import torch
@@ -23,11 +23,7 @@ from paper.tables import markdown
 from plumbing.precision import cpu_flags
 from pocket import drawing, specs
 
-LABELS = {
-    "blip": "BLIP VE (ViT-B/16)", "efficientnet_b0": "EfficientNet-B0",
-    "efficientnet_b2": "EfficientNet-B2", "efficientvit_m2": "EfficientViT-M2",
-    "mobilenet_v2": "MobileNetV2", "mobilevitv2_100": "MobileViTV2",
-}  # fmt: skip
+LABELS = {row["encoder"]: label for label, row in NUMBERS["cost"].items() if row["encoder"]}
 BLIP_BASE = dict(
     image_size=224, patch_size=16, image_width=768, image_depth=12, vocab_size=30524,
     max_positions=512, word_dim=768, text_depth=12, embed_dim=256,
@@ -91,23 +87,17 @@ def cost_table():
     whole_size, whole_macs, attention = found["blip"]
     for name, (size, macs, _) in found.items():
         paper = NUMBERS["cost"][LABELS[name]]
-        rows.append([
-            LABELS[name],
-            f"{macs / 1e9:.2f}", paper["MACs, G"], f"{100 * macs / whole_macs:.1f}",
-            f"{size / 1e6:.2f}", paper["parameters, M"], f"{100 * size / whole_size:.1f}",
-        ])  # fmt: skip
-    head = "query model;MACs, G;paper;% of BLIP;parameters, M;paper;% of BLIP".split(";")
+        compute = f"{macs / 1e9:.2f}", paper["MACs, G"], f"{100 * macs / whole_macs:.1f}"
+        weights = f"{size / 1e6:.2f}", paper["parameters, M"], f"{100 * size / whole_size:.1f}"
+        rows.append([LABELS[name], *compute, *weights])
+    head = ["query model", "MACs, G", "paper", "% of BLIP", "parameters, M", "paper", "% of BLIP"]
     note = NOTES["Table 1"].format(without=(whole_macs - attention) / 1e9)
-    return [*note.splitlines(), "", *markdown(head, rows)]
+    return [note, "", *markdown(head, rows)]
 
 
 def median_ms(function, calls=30):
     """Median time of function() in milliseconds, after three calls that do not count."""
-    times = []
-    for _ in range(calls + 3):
-        began = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - began)
+    times = timeit.repeat(function, number=1, repeat=calls + 3)
     return 1000 * statistics.median(times[3:])
 
 
@@ -149,15 +139,15 @@ def latency_table(threads):
     """Table 17 -> lines of markdown."""
     if threads:
         torch.set_num_threads(threads)
-    query, text, ranking = latencies()
-    rows = []
-    ours = {LABELS[name]: (ms, text + ranking, ms + text + ranking) for name, ms in query.items()}
-    for name, paper in NUMBERS["cost"].items():
-        mine = [f"{ms:.2f}" for ms in ours[name]] if name in ours else ["needs CLIP", "", ""]
-        rows.append([name, mine[0], paper["query, ms"], mine[1], paper["retrieval, ms"],
-                     mine[2], paper["total, ms"]])  # fmt: skip
+    rows, (query, text, ranking) = [], latencies()
+    for label, row in NUMBERS["cost"].items():
+        mine, ms = ["needs CLIP", "", ""], query.get(row["encoder"])
+        if ms is not None:
+            mine = [f"{x:.2f}" for x in (ms, text + ranking, ms + text + ranking)]
+        paper = [row[f"{part}, ms"] for part in ("query", "retrieval", "total")]
+        rows.append([label, *(x for pair in zip(mine, paper, strict=True) for x in pair)])
     head = ["query model", "query", "paper", "retrieval", "paper", "total", "paper"]
     note = NOTES["Table 17"].format(machine=machine(threads), text=text, ranking=ranking)
     scene = drawing.draw(specs.random_scene(random.Random(0), count=3))
     sent = NOTES["Table 17, bytes"].format(scene=jpeg_bytes(scene), noise=jpeg_bytes(texture()))
-    return [*note.splitlines(), "", *markdown(head, rows), "", *sent.splitlines()]
+    return [note, "", *markdown(head, rows), "", sent]

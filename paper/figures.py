@@ -17,8 +17,7 @@ from plumbing.pictures import GREEN, overlay
 from plumbing.precision import autocast, open_blip
 from pocket.specs import EDIT_KINDS
 
-TILE, GAP, LEFT = 64, 6, 160  # pixels: an image, between two, the query on the left
-STEP = TILE + GAP
+TILE, GAP, STEP, LEFT = 64, 6, 70, 160  # pixels: an image, between two, both; the query on the left
 
 
 def is_first(query, rankings, run="isa"):
@@ -39,11 +38,10 @@ def retrieve(runs, seed, threads):
     paths = {run: folder(run, seed) / "isa.pt" for run in runs}
     for path in paths.values():
         query_side.read_checkpoint(path)  # now: the world may have to be drawn
-    options = vars(evaluate.parse_args(["table", "--threads", str(threads)]))
     (benchmark,) = evaluate.open_benchmarks("cirr")
-    blip, precision = open_blip(options)
-    setting = evaluate.Setting(blip, benchmark, precision=precision,
-                               cache_dir=options["cache_dir"], workers=options["workers"])  # fmt: skip
+    options = evaluate.parse_args(["table", "--threads", str(threads)])
+    blip, precision = open_blip(vars(options))
+    setting = evaluate.Setting(blip, benchmark, precision=precision)
     models, rankings = {}, {}
     for run, path in paths.items():
         models[run], settings = query_side.load_query_model(path, blip)
@@ -67,8 +65,7 @@ def draw_figure(name, seed=0, threads=0, out="paper/figures"):
     chosen = first_of_each_kind(setting.benchmark, lambda query: condition(query, rankings))
     if not chosen:
         raise ValueError("no query of the pocket CIRR test set meets its condition")
-    draw = draw_attention if name in ("fig5", "fig6") else draw_lengths
-    blocks = [draw(setting, models, rankings, query) for query in chosen]
+    blocks = [draw_query(setting, models, rankings, query) for query in chosen]
     size = max(b.width for b in blocks) + GAP, sum(b.height + 3 * GAP for b in blocks)
     sheet, y = Image.new("RGB", size, "white"), 2 * GAP
     for block in blocks:
@@ -82,25 +79,11 @@ def draw_figure(name, seed=0, threads=0, out="paper/figures"):
 
 
 def picture(setting, name):
-    image = blip_lite.to_rgb(open_image(setting.benchmark.paths[name]))
-    return image.resize((TILE, TILE))
+    return blip_lite.to_rgb(open_image(setting.benchmark.paths[name])).resize((TILE, TILE))
 
 
 def write(sheet, x, y, text, size=11):
     ImageDraw.Draw(sheet).multiline_text((x, y), text, fill="black", font_size=size)
-
-
-def paste_query(sheet, setting, query):
-    """Reference image and modifier, on the left of a sheet."""
-    sheet.paste(picture(setting, query.reference), (GAP, 16))
-    write(sheet, GAP, TILE + 22, textwrap.fill(f"that {query.captions[0]}", 24), 12)
-
-
-def paste_maps(sheet, y, label, image, maps):
-    """A label and under it the image, once for the map of each token: maps [L, H, W]."""
-    write(sheet, LEFT, y - 15, label)
-    for i, weights in enumerate(maps):
-        sheet.paste(overlay(image, weights), (LEFT + i * STEP, y))
 
 
 def paste_retrieved(sheet, setting, query, names, x, y):
@@ -123,20 +106,6 @@ def look(setting, model, query):
         return grouping[0].float().cpu(), cross[0].float().cpu(), model.mapper(feature_map)
 
 
-def draw_lengths(setting, models, rankings, query, top=5):
-    """One query under several token lengths, a line each: cross-attention maps, best images."""
-    maps = {run: look(setting, model, query)[1] for run, model in models.items()}
-    right, line = LEFT + max(map(len, maps.values())) * STEP + 2 * GAP, STEP + 16
-    sheet = Image.new("RGB", (right + top * STEP + GAP, len(maps) * line), "white")
-    paste_query(sheet, setting, query)
-    image = picture(setting, query.reference)
-    for i, (run, cross) in enumerate(maps.items()):
-        y = 16 + i * line
-        paste_maps(sheet, y, f"{len(cross)} tokens", image, cross)
-        paste_retrieved(sheet, setting, query, rankings[run][query.id][:top], right, y)
-    return sheet
-
-
 @torch.no_grad()
 def words_to_tokens(setting, U, modifier):
     """How much each word of the modifier attends to each sentence token in BLIP's text encoder.
@@ -154,28 +123,47 @@ def words_to_tokens(setting, U, modifier):
     return pieces[1:], attention[after + 1 : after + len(pieces), first:after].cpu()
 
 
-def draw_attention(setting, models, rankings, query, top=5):
-    """One query of Figures 5 and 6: both maps of every token, words to tokens, best images."""
-    ((run, model),) = models.items()
-    grouping, cross, U = look(setting, model, query)
-    pieces, attention = words_to_tokens(setting, U, query.captions[0])
-    line, row, column = STEP + 16, 13, 22  # pixels: of the maps; of the words, by tokens
-    middle = LEFT + len(cross) * STEP + 2 * GAP
-    cells = middle + 84
-    right = cells + column * len(cross) + 3 * GAP
-    size = right + top * STEP, max(2 * line + 4, row * len(pieces) + 20)
+def draw_words(pieces, attention):
+    """The words of a modifier, and in blue how much each attends to each token. -> PIL image."""
+    left, column, row = 84, 22, 13
+    size = left + column * attention.shape[1] + 3 * GAP, row * len(pieces) + 20
     sheet = Image.new("RGB", size, "white")
-    paste_query(sheet, setting, query)
-    image, tokens = picture(setting, query.reference), f"of u1 .. u{len(cross)}"
-    paste_maps(sheet, 16, f"grouping (Eq. 1) {tokens}", image, grouping)
-    paste_maps(sheet, 16 + line, f"cross-attention (Eq. 4) {tokens}", image, cross)
-    for j in range(len(cross)):
-        write(sheet, cells + column * j, 1, f"u{j + 1}")
+    for j in range(attention.shape[1]):
+        write(sheet, left + column * j, 1, f"u{j + 1}")
     for i, (piece, weights) in enumerate(zip(pieces, attention / attention.max(), strict=True)):
         y = 16 + row * i
-        write(sheet, middle, y - 1, piece[:13])
+        write(sheet, 0, y - 1, piece[:13])
         for j, weight in enumerate(weights.tolist()):
-            x, shade = cells + column * j, int(255 * (1 - weight))
+            x, shade = left + column * j, int(255 * (1 - weight))
             sheet.paste((shade, shade, 255), (x, y, x + column - 1, y + row - 1))
-    paste_retrieved(sheet, setting, query, rankings[run][query.id][:top], right, 16)
+    return sheet
+
+
+def draw_query(setting, models, rankings, query, top=5):
+    """One query: for each model its cross-attention maps and its best images. -> PIL image.
+
+    A single model also shows its grouping, and how the words attend to its tokens.
+    """
+    seen = [look(setting, model, query) for model in models.values()]
+    lines = [(f"{len(cross)} tokens", cross) for _, cross, _ in seen]
+    words = Image.new("RGB", (0, 0))
+    if len(models) == 1:
+        ((grouping, cross, U),) = seen
+        words = draw_words(*words_to_tokens(setting, U, query.captions[0]))
+        lines = [(f"grouping (Eq. 1) of u1 .. u{len(cross)}", grouping),
+                 (f"cross-attention (Eq. 4) of u1 .. u{len(cross)}", cross)]  # fmt: skip
+    middle = LEFT + max(len(maps) for _, maps in lines) * STEP + 2 * GAP
+    right, line = middle + words.width, STEP + 16
+    height = max(line * len(lines), words.height)
+    sheet = Image.new("RGB", (right + top * STEP + GAP, height), "white")
+    image = picture(setting, query.reference)
+    sheet.paste(image, (GAP, 16))
+    write(sheet, GAP, TILE + 22, textwrap.fill(f"that {query.captions[0]}", 24), 12)
+    for i, (label, maps) in enumerate(lines):
+        write(sheet, LEFT, 1 + i * line, label)
+        for j, weights in enumerate(maps):
+            sheet.paste(overlay(image, weights), (LEFT + j * STEP, 16 + i * line))
+    sheet.paste(words, (middle, 0))
+    for i, run in enumerate(models):
+        paste_retrieved(sheet, setting, query, rankings[run][query.id][:top], right, 16 + i * line)
     return sheet

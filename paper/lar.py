@@ -24,20 +24,20 @@ def lar_table(seeds, images=500):
     blip = blip_lite.load("pocket")
     (benchmark,) = evaluate.open_benchmarks("cirr")
     paths = [benchmark.paths[name] for name in benchmark.gallery[:images]]
-    v = features_of(blip, paths)
+    pixels = (blip.preprocess(open_image(path))[None] for path in paths)
+    v = torch.cat([blip.encode_image(x, cls_only=True)[0] for x in pixels])  # [M, E]
     kinds = [kind for kind in EDIT_KINDS if kind != "replace"]  # only pre-training has that one
     columns = [(b, metric, kind) for b, metric in benchmarks.HEADLINE.items() for kind in kinds]
     scores, words = [], []
-    for label, row in ROWS["LAR"].items():
-        there = [seed for seed in seeds_of(row["ours"], seeds)
-                 if (folder(row["ours"], seed) / "isa.pt").exists()]  # fmt: skip
-        results = measured(row["ours"], there, "test")
-        looks = [look_at_words(folder(row["ours"], seed) / "isa.pt", blip, paths, v)
-                 for seed in there]  # fmt: skip
-        scores.append([label, *(cell([value(result, b, f"{kind} {metric}") for result in results])
-                                for b, metric, kind in columns)])  # fmt: skip
-        numbers = (cell([look[i] for look in looks]) for i in range(4))
-        words.append([label, *numbers, looks[0][4] if looks else "–"])
+    for label, row in ROWS["lar"].items():
+        run, seen = row["ours"], seeds_of(row["ours"], seeds)
+        seen = [seed for seed in seen if (folder(run, seed) / "isa.pt").exists()]
+        results = measured(run, seen, "test")
+        cells = [cell([value(r, b, f"{kind} {m}") for r in results]) for b, m, kind in columns]
+        scores.append([label, *cells])
+        looks = [look_at_words(folder(run, seed) / "isa.pt", blip, paths, v) for seed in seen]
+        cells = [cell([look[i] for look in looks]) for i in range(4)]
+        words.append([label, *cells, looks[0][4] if looks else "–"])
     norm = word_rows(blip)[1].norm(dim=1).mean()
     return [
         NOTES["lar, scores"],
@@ -49,13 +49,6 @@ def lar_table(seeds, images=500):
         *markdown(["loss", "norm of a token", "cosine to the nearest word", "true, %",
                    "own image, R@1", "nearest words, most often"], words),
     ]  # fmt: skip
-
-
-@torch.no_grad()
-def features_of(blip, paths):
-    """BLIP's v [M, E] of the images at `paths`."""
-    pixels = (blip.preprocess(open_image(path))[None] for path in paths)
-    return torch.cat([blip.encode_image(x, cls_only=True)[0] for x in pixels])
 
 
 @torch.no_grad()

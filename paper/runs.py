@@ -4,7 +4,6 @@ A run is `train.py` with options from runs.md, in runs/tables/NAME-SEED, then `e
 """
 
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -25,16 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 HOME = Path("runs/tables")
 BUDGET = ["--epochs", "1"]  # of every training, unless its options say more
 ONE_SEED = {"lar-weight-0.3", "lar-weight-3"}  # trends, not rows of the paper
+FOLDERS = {method: run for run, methods in METHODS.items() for method in methods}
 WITH_WEIGHTS = {run for run, options in RUNS.items() if "--pretrained" in options}
 
 
 def folder(run, seed=None):
     return HOME / (run if seed is None else f"{run}-{seed}")
-
-
-def folder_of(method):
-    """The folder in runs/tables that holds a method without training, else None."""
-    return next((run for run, methods in METHODS.items() if method in methods), None)
 
 
 def seeds_of(run, seeds):
@@ -75,8 +70,7 @@ def trained(run, seed, fingerprint):
         return "other"
     if run == "searle":
         return "done"  # it is only written at the end
-    images = checkpoint["images"]
-    steps = wanted["epochs"] * (images // min(wanted["batch"], images))
+    steps = wanted["epochs"] * max(1, checkpoint["images"] // wanted["batch"])
     return "done" if checkpoint["step"] >= steps else "begun"
 
 
@@ -96,8 +90,7 @@ def evaluated(run, seed, split, fingerprint):
         return False
     settings, wanted = read_results(out)["settings"], vars(evaluate.parse_args(command[1:]))
     same = all(settings.get(name) == wanted[name] for name in ("methods", "split", "checkpoint"))
-    checkpoint = folder(run, seed) / "isa.pt"
-    newer = run in METHODS or out.stat().st_mtime >= checkpoint.stat().st_mtime
+    newer = run in METHODS or out.stat().st_mtime >= (folder(run, seed) / "isa.pt").stat().st_mtime
     return same and newer and settings.get("blip_fingerprint") == fingerprint
 
 
@@ -146,12 +139,6 @@ def call(command, log, threads=0):
         raise ValueError(f"`{shown(command)}` was interrupted; run it again to resume")
     if status:
         raise ValueError(f"`{shown(command)}` failed; see the end of {log}")
-
-
-def recorded():
-    """Seconds that `call` has recorded, and the number of runs whose logs hold them."""
-    logs = [path.read_text() for path in sorted(HOME.glob("*/log.txt"))]
-    return sum(int(s) for log in logs for s in re.findall(r"^\S+: (\d+) s$", log, re.M)), len(logs)
 
 
 def run_missing(runs, threads, fingerprint):

@@ -5,23 +5,24 @@ from dataclasses import dataclass
 
 import benchmarks
 from paper.numbers import NUMBERS, ROWS, RUNS
-from paper.runs import WITH_WEIGHTS, evaluation, folder_of, read_results, seeds_of
+from paper.runs import FOLDERS, WITH_WEIGHTS, evaluation, read_results, seeds_of
 
 ROWS["comparison on validation"] = {
     label: row for label, row in ROWS["comparison"].items() if row["ours"] != "searle-oti"
 }
-SCOPES = (*(f"{category} " for category in benchmarks.CATEGORIES), "")
-COLUMNS = {  # heading of a table -> its columns (benchmark, metric)
-    "CIRR": [("cirr", m) for m in ("R@1", "R@5", "R@10", "R@50", "Avg")],
-    "CIRCO": [("circo", m) for m in ("mAP@5", "mAP@10", "mAP@25", "mAP@50", "Avg")],
-    "FashionIQ": [("fashioniq", part + m) for part in SCOPES for m in ("R@10", "R@50")],
-    "averages over the metrics": [("cirr", "Avg"), ("fashioniq", "mean"), ("circo", "Avg")],
+GARMENTS = (*(f"{category} " for category in benchmarks.CATEGORIES), "")
+AVERAGES = ("cirr", "Avg"), ("fashioniq", "mean"), ("circo", "Avg")
+COLUMNS = {  # heading of a table -> {column: (benchmark, metric)}
+    "CIRR": {m: ("cirr", m) for m in ("R@1", "R@5", "R@10", "R@50", "Avg")},
+    "CIRCO": {m: ("circo", m) for m in ("mAP@5", "mAP@10", "mAP@25", "mAP@50", "Avg")},
+    "FashionIQ": {g + m: ("fashioniq", g + m) for g in GARMENTS for m in ("R@10", "R@50")},
+    "averages over the metrics": {f"{b} {m}": (b, m) for b, m in AVERAGES},
 }
 
 
 @dataclass
 class Table:
-    """A table of the paper, printed as one table for each of its headings in COLUMNS.
+    """A table of the paper, printed as a table for each of its headings in COLUMNS.
 
     rows: a section of rows.md. printed, split: the splits of the paper's numbers and of ours.
     """
@@ -34,6 +35,8 @@ class Table:
 
 
 CIRR, CIRCO, FASHIONIQ, BOTH = ("CIRR",), ("CIRCO",), ("FashionIQ",), ("CIRR", "CIRCO")
+NO_TEST = "FashionIQ (paper: validation; it has no test annotations)"
+SUPERVISED = "FashionIQ (paper: validation): beside supervised methods"
 MODELS = "query models (paper: validation); * from random weights"
 SIDES = "symmetric and asymmetric retrieval (paper: validation); query model / gallery model"
 MAPPERS = 'mapping networks (paper: validation; its "transformer" is the adaptive token learner)'
@@ -41,8 +44,7 @@ PARTS = "parts of the mapping network (paper: validation, EfficientNet-B2)"
 TABLES = {
     "2": Table("CIRR, test", CIRR, "comparison", printed="test"),
     "3": Table("CIRCO, test", CIRCO, "comparison", printed="test"),
-    "4": Table("FashionIQ (paper: validation; it has no test annotations)", FASHIONIQ,
-               "comparison"),
+    "4": Table(NO_TEST, FASHIONIQ, "comparison"),
     "5": Table("mapping networks (paper: validation)", BOTH, "mapping networks"),
     "6": Table(MODELS, BOTH, "query models"),
     "7": Table(SIDES, BOTH, "sides"),
@@ -53,14 +55,13 @@ TABLES = {
     "12": Table(MODELS, FASHIONIQ, "query models"),
     "13": Table(SIDES, FASHIONIQ, "sides"),
     "14": Table("losses (paper: validation)", FASHIONIQ, "losses"),
-    "15": Table("CIRR, test: beside supervised methods", CIRR, "supervised methods", printed="test"),
-    "16": Table("FashionIQ (paper: validation): beside supervised methods", FASHIONIQ,
-                "supervised methods"),
+    "15": Table("CIRR, test: beside supervised methods", CIRR, "supervised", printed="test"),
+    "16": Table(SUPERVISED, FASHIONIQ, "supervised"),
     "18": Table(PARTS, CIRR, "parts"),
     "19": Table(PARTS, CIRCO, "parts"),
     "20": Table(PARTS, FASHIONIQ, "parts"),
     "fig3": Table("token lengths", ("averages over the metrics",), "token lengths"),
-}  # fmt: skip
+}
 
 
 def title_of(name):
@@ -74,7 +75,7 @@ def measured(ours, seeds, split):
     -> a list of {benchmark: {part: {metric: [mean, spread]}}}; part is "all", a FashionIQ category,
     or a type of modifier.
     """
-    untrained = folder_of(ours)
+    untrained = FOLDERS.get(ours)
     found = []
     for seed in [None] if untrained else seeds if ours in RUNS else []:
         path = evaluation(untrained or ours, seed, split)[1]
@@ -124,20 +125,17 @@ def table(name, seeds):
     for heading in entry.headings:
         columns, rows = COLUMNS[heading], []
         printed = {"": {}, **NUMBERS.get(f"{heading} {entry.printed}", {})}
-        several = len({benchmark for benchmark, _ in columns}) > 1
-        head = [heading]
         for label, row in ROWS[entry.rows].items():
             ours, papers = row["ours"], {k: printed[v] for k, v in row.items() if k != "ours"}
             results = measured(ours, seeds_of(ours, seeds), entry.split)
-            why = "not run" if ours in RUNS or folder_of(ours) else ours
+            why = "not run" if ours in RUNS or ours in FOLDERS else ours
             why = "needs ImageNet weights" if ours in WITH_WEIGHTS else why
-            rows.append([f"{label} (1 seed)" if ours in RUNS and len(results) == 1 else label])
-            for benchmark, metric in columns:
+            cells = [f"{label} (1 seed)" if ours in RUNS and len(results) == 1 else label]
+            for column, (benchmark, metric) in columns.items():
                 mine = cell([value(result, benchmark, metric) for result in results])
-                theirs = (paper.get(metric, "") for paper in papers.values())
-                rows[-1] += [mine if results else why, *theirs]
+                cells += [mine if results else why, *(p.get(column, "") for p in papers.values())]
                 why = ""  # only in the first column
-        for benchmark, metric in columns:
-            head += [f"{benchmark} {metric}" if several else metric, *papers]
+            rows.append(cells)
+        head = [heading, *(x for column in columns for x in (column, *papers))]
         lines += ["", *markdown(head, rows)]
     return lines
