@@ -134,7 +134,7 @@ def main(args):
             file.write("\n".join(lines).encode())
         print(f"wrote {args.out}")
     if failures:
-        raise ValueError(f"{len(failures)} runs failed, the first: {failures[0]}")
+        raise ValueError(f"failed runs: {len(failures)}; the first: {failures[0]}")
 
 
 if __name__ == "__main__":

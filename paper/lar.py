@@ -44,7 +44,7 @@ def lar_table(seeds, images=500):
         "",
         *markdown(["loss", *(f"{b} {metric}, {kind}" for b, metric, kind in columns)], scores),
         "",
-        NOTES["lar, words"].format(images=images, norm=norm),
+        NOTES["lar, words"].format(images=len(paths), norm=norm),
         "",
         *markdown(["loss", "norm of a token", "cosine to the nearest word", "true, %",
                    "own image, R@1", "nearest words, most often"], words),

@@ -203,7 +203,7 @@ def test_failures_are_reported_and_stop_nothing_else(
     monkeypatch.setattr(runs, "missing", both)
     failed, stopped = (shown(training(run, 0)) for run in ("mlp", "st"))
     log = "runs/tables/mlp-0/log.txt"
-    with pytest.raises(ValueError, match="^2 runs failed") as error:
+    with pytest.raises(ValueError, match="^failed runs: 2;") as error:
         main(parse_args(["18", "--seeds", "0"]))
     assert str(error.value).endswith(f"first: `{failed}` failed; see the end of {log}")
     out = capsys.readouterr().out
