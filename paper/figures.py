@@ -1,4 +1,4 @@
-"""Figures 4-8."""
+"""Figures 4-8: what the sentence tokens look at, and what the sentences retrieve."""
 
 import textwrap
 from pathlib import Path
@@ -10,163 +10,160 @@ import blip_lite
 import evaluate
 import isa
 import query_side
-from paper.runs import FIGURE_RUNS, folder
+from paper.runs import folder
 from plumbing.files import replacing
+from plumbing.images import open_image
 from plumbing.pictures import GREEN, overlay
 from plumbing.precision import autocast, open_blip
-from pocket import specs
+from pocket.specs import EDIT_KINDS
 
-TILE, GAP = 64, 6
+TILE, GAP, STEP, LEFT = 64, 6, 70, 160  # pixels: an image, between two, both; the query on the left
 
 
-def open_retrieval(checkpoints, data=None):
-    """{run: path of isa.pt} -> the pocket CIRR test set ready to be queried, {run: query model}, {run: rankings}."""
-    for path in checkpoints.values():
+def is_first(query, rankings, run="isa"):
+    return rankings[run][query.id][0] in query.targets
+
+
+FIGURES = {  # name -> its runs, and the queries it shows: condition(query, {run: rankings})
+    "fig4": (("tokens-2", "isa", "tokens-10"), lambda q, r: True),
+    "fig5": (("isa",), is_first),
+    "fig6": (("isa",), lambda q, r: not set(q.targets) & set(r["isa"][q.id][:10])),
+    "fig7": (("tokens-2", "isa"), lambda q, r: is_first(q, r) and not is_first(q, r, "tokens-2")),
+    "fig8": (("isa", "tokens-10"), lambda q, r: is_first(q, r) and not is_first(q, r, "tokens-10")),
+}
+
+
+def retrieve(runs, seed, threads):
+    """The pocket CIRR test set, queried -> Setting, {run: query model}, {run: rankings}."""
+    paths = {run: folder(run, seed) / "isa.pt" for run in runs}
+    for path in paths.values():
         query_side.read_checkpoint(path)  # now: the world may have to be drawn
-    args = evaluate.parse_args(["table", "--benchmark", "cirr", *(["--data", str(data)] if data else [])])
-    (benchmark,) = evaluate.open_benchmarks(args)
-    blip, precision = open_blip(vars(args))
-    setting = evaluate.Setting(blip, benchmark, args, precision)
-    models = {run: query_side.load_query_model(path, blip) for run, path in checkpoints.items()}
-    rankings = {run: setting.rank(setting.query_features("isa", m, trained["prompt"]))[0] for run, (m, trained) in models.items()}
-    return setting, {run: model for run, (model, _) in models.items()}, rankings
+    (benchmark,) = evaluate.open_benchmarks("cirr")
+    options = evaluate.parse_args(["table", "--threads", str(threads)])
+    blip, precision = open_blip(vars(options))
+    setting = evaluate.Setting(blip, benchmark, precision=precision)
+    models, rankings = {}, {}
+    for run, path in paths.items():
+        models[run], settings = query_side.load_query_model(path, blip)
+        q = setting.query_features("isa", models[run], settings["prompt"])
+        rankings[run], _ = setting.rank(q)
+    return setting, models, rankings
 
 
 def first_of_each_kind(benchmark, condition):
-    """The first query of each type of modifier for which condition(query) holds: a rule instead of a hand that picks."""
-    kinds = sorted({query.kind for query in benchmark.queries}, key=[*specs.EDIT_KINDS, ""].index)
-    found = [next((q for q in benchmark.queries if q.kind == kind and condition(q)), None) for kind in kinds]
-    return [query for query in found if query]
+    """The first query of each type of modifier that meets a condition: not picked by hand."""
+    found = {}
+    for query in filter(condition, benchmark.queries):
+        found.setdefault(query.kind, query)
+    return [found[kind] for kind in (*EDIT_KINDS, "") if kind in found]
 
 
-def is_first(query, ranking):
-    return ranking[query.id][0] in query.targets
-
-
-CHOICE = {  # figure -> what it shows, and which queries: condition(query, {run: rankings})
-    "fig4": ("cross-attention of the sentence tokens (Eq. 4) for 2, 6 and 10 tokens, and what they retrieve. The first query of "
-             "each type of modifier", lambda q, r: True),
-    "fig5": ("good retrievals. The first query of each type of modifier whose target is ranked first",
-             lambda q, r: is_first(q, r["isa"])),
-    "fig6": ("failures. The first query of each type of modifier whose target is not among the first ten",
-             lambda q, r: not set(q.targets) & set(r["isa"][q.id][:10])),
-    "fig7": ("2 and 6 tokens. The first query of each type of modifier whose target is ranked first with 6 and not with 2",
-             lambda q, r: is_first(q, r["isa"]) and not is_first(q, r["tokens-2"])),
-    "fig8": ("6 and 10 tokens. The first query of each type of modifier whose target is ranked first with 6 and not with 10",
-             lambda q, r: is_first(q, r["isa"]) and not is_first(q, r["tokens-10"])),
-}  # fmt: skip
-
-
-def draw_figure(name, args, data=None, out="pocket/figures"):
-    """pocket/figures/NAME.png from the runs of seed args.seeds[0] -> its path, and in words what it shows."""
-    runs = FIGURE_RUNS[name]
-    checkpoints = {run: folder(run, args.seeds[0]) / "isa.pt" for run in runs}
-    setting, models, rankings = open_retrieval(checkpoints, data)
-    told, condition = CHOICE[name]
+def draw_figure(name, seed=0, threads=0, out="paper/figures"):
+    """Draw OUT/NAME.png from the runs of one seed -> its path. Raises ValueError."""
+    runs, condition = FIGURES[name]
+    setting, models, rankings = retrieve(runs, seed, threads)
     chosen = first_of_each_kind(setting.benchmark, lambda query: condition(query, rankings))
     if not chosen:
-        raise ValueError(f"{name}: no query of {setting.benchmark.name} {setting.benchmark.split} fits its rule")
-    draw = draw_attention if name in ("fig5", "fig6") else draw_lengths
-    blocks = [draw(setting, models, rankings, query) for query in chosen]
-    sheet = Image.new("RGB", (max(b.width for b in blocks) + GAP, sum(b.height + 3 * GAP for b in blocks)), "white")
-    y = 0
+        raise ValueError("no query of the pocket CIRR test set meets its condition")
+    blocks = [draw_query(setting, models, rankings, query) for query in chosen]
+    size = max(b.width for b in blocks) + GAP, sum(b.height + 3 * GAP for b in blocks)
+    sheet, y = Image.new("RGB", size, "white"), 2 * GAP
     for block in blocks:
-        sheet.paste(block, (GAP, y + 2 * GAP))
+        sheet.paste(block, (GAP, y))
         y += block.height + 3 * GAP
     path = Path(out) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         sheet.save(file, optimize=True)
-    return path, f"{told} in the pocket CIRR test set. Framed green: the target."
+    return path
 
 
 def picture(setting, name):
-    return blip_lite.to_rgb(Image.open(setting.benchmark.paths[name])).resize((TILE, TILE))
+    return blip_lite.to_rgb(open_image(setting.benchmark.paths[name])).resize((TILE, TILE))
 
 
-def paste_query(sheet, setting, query):
-    """Reference image and modifier in the left 2.5 tiles of a sheet."""
-    sheet.paste(picture(setting, query.reference), (GAP, 16))
-    text = textwrap.fill(f"that {query.captions[0]}", 24)
-    ImageDraw.Draw(sheet).multiline_text((GAP, TILE + 22), text, fill="black", font_size=12)
+def write(sheet, x, y, text, size=11):
+    ImageDraw.Draw(sheet).multiline_text((x, y), text, fill="black", font_size=size)
 
 
 def paste_retrieved(sheet, setting, query, names, x, y):
-    pen = ImageDraw.Draw(sheet)
+    """The images found, best first; targets are framed."""
     for i, name in enumerate(names):
-        at = x + i * (TILE + GAP)
+        at = x + i * STEP
         if name in query.targets:
-            pen.rectangle((at - 4, y - 4, at + TILE + 3, y + TILE + 3), fill=GREEN)
+            sheet.paste(GREEN, (at - 4, y - 4, at + TILE + 4, y + TILE + 4))
         sheet.paste(picture(setting, name), (at, y))
 
 
 @torch.no_grad()
 def look(setting, model, query):
-    """-> grouping and cross-attention maps [L, H, W] and U [1, L, d_w] of a query's reference image."""
-    image, device = Image.open(setting.benchmark.paths[query.reference]), setting.blip.temp.device
+    """A query's reference image -> grouping and cross-attention maps [L, H, W], U [1, L, d_w]."""
+    image, device = open_image(setting.benchmark.paths[query.reference]), setting.blip.temp.device
     with autocast(device, setting.precision):
-        feature_map = model.encoder(query_side.preprocess(model.encoder, image)[None].to(device))
+        pixels = query_side.preprocess(model.encoder, image)[None].to(device)
+        feature_map = model.encoder(pixels)
         grouping, cross = model.mapper.attention_maps(feature_map)
         return grouping[0].float().cpu(), cross[0].float().cpu(), model.mapper(feature_map)
 
 
-def draw_lengths(setting, models, rankings, query, top=5):
-    """One query under several token lengths, a line each: the cross-attention maps, then the best images. -> PIL image."""
-    left, step, most = 2.5 * TILE, TILE + GAP, max(len(look(setting, m, query)[1]) for m in models.values())
-    sheet = Image.new("RGB", (int(left + (most + top) * step + 3 * GAP), len(models) * (step + 16)), "white")
-    pen = ImageDraw.Draw(sheet)
-    paste_query(sheet, setting, query)
-    image = picture(setting, query.reference)
-    for line, (run, model) in enumerate(models.items()):
-        y, (_, cross, _) = line * (step + 16) + 16, look(setting, model, query)
-        pen.text((left, y - 15), f"{len(cross)} tokens", fill="black", font_size=11)
-        for i, weights in enumerate(cross):
-            sheet.paste(overlay(image, weights), (int(left + i * step), y))
-        paste_retrieved(sheet, setting, query, rankings[run][query.id][:top], int(left + most * step + 2 * GAP), y)
-    return sheet
-
-
 @torch.no_grad()
 def words_to_tokens(setting, U, modifier):
-    """How much each word of the modifier attends to each sentence token in BLIP's text encoder: words, float [words, L].
+    """How much each word of the modifier attends to each sentence token in BLIP's text encoder.
 
-    The mean over heads and layers, text mode, the composed query of inference.
+    -> words, weights [words, L]: means over layers and heads in text mode, for a composed query.
     """
     blip = setting.blip
     words, mask = isa.compose_query(blip, U, [modifier])
     with autocast(words.device, setting.precision):
-        attention = blip.text_encoder.attention_maps(words, mask)[0].float().mean(dim=(0, 1))  # [T, T]
-    pieces = blip.tokenizer.tokenize(isa.continuation(modifier))
-    first = words.shape[1] - 1 - len(pieces) - U.shape[1]  # u1; after it the tokens, the pieces and [SEP]
-    after = first + U.shape[1]
+        maps = blip.text_encoder.attention_maps(words, mask)  # [1, layers, heads, T, T]
+    attention = maps[0].float().mean(dim=(0, 1))  # [T, T]
+    pieces = blip.tokenizer.tokenize(isa.continuation(modifier))  # "that ..."
+    after = words.shape[1] - 1 - len(pieces)  # ... u1 .. uL, pieces, [SEP]
+    first = after - U.shape[1]
     return pieces[1:], attention[after + 1 : after + len(pieces), first:after].cpu()
 
 
-def draw_attention(setting, models, rankings, query, top=5):
-    """One query of figures 5 and 6: maps of every token (grouping, then cross-attention), words to tokens, best images."""
-    (run, model), *_ = models.items()
-    grouping, cross, U = look(setting, model, query)
-    pieces, attention = words_to_tokens(setting, U, query.captions[0])
-    left, step, row = int(2.5 * TILE), TILE + GAP, 13
-    right = left + len(cross) * step + 2 * GAP
-    table_width = 84 + 22 * len(cross)
-    height = max(2 * (step + 16) + 4, row * len(pieces) + 20)
-    sheet = Image.new("RGB", (right + table_width + 3 * GAP + top * step, height), "white")
-    pen = ImageDraw.Draw(sheet)
-    paste_query(sheet, setting, query)
-    image = picture(setting, query.reference)
-    for line, (label, maps) in enumerate((("grouping (Eq. 1)", grouping), ("cross-attention (Eq. 4)", cross))):
-        y = line * (step + 16) + 16
-        pen.text((left, y - 15), f"{label} of u1 .. u{len(maps)}", fill="black", font_size=11)
-        for i, weights in enumerate(maps):
-            sheet.paste(overlay(image, weights), (left + i * step, y))
-    for i in range(len(cross)):
-        pen.text((right + 84 + 22 * i, 1), f"u{i + 1}", fill="black", font_size=11)
-    for i, (piece, weights) in enumerate(zip(pieces, attention, strict=True)):
+def draw_words(pieces, attention):
+    """The words of a modifier, and in blue how much each attends to each token. -> PIL image."""
+    left, column, row = 84, 22, 13
+    size = left + column * attention.shape[1] + 3 * GAP, row * len(pieces) + 20
+    sheet = Image.new("RGB", size, "white")
+    for j in range(attention.shape[1]):
+        write(sheet, left + column * j, 1, f"u{j + 1}")
+    for i, (piece, weights) in enumerate(zip(pieces, attention / attention.max(), strict=True)):
         y = 16 + row * i
-        pen.text((right, y - 1), piece[:13], fill="black", font_size=11)
+        write(sheet, 0, y - 1, piece[:13])
         for j, weight in enumerate(weights.tolist()):
-            shade = int(255 * (1 - weight / float(attention.max())))
-            pen.rectangle((right + 84 + 22 * j, y, right + 84 + 22 * j + 20, y + row - 2), fill=(shade, shade, 255))
-    paste_retrieved(sheet, setting, query, rankings[run][query.id][:top], right + table_width + 3 * GAP, 16)
+            x, shade = left + column * j, int(255 * (1 - weight))
+            sheet.paste((shade, shade, 255), (x, y, x + column - 1, y + row - 1))
+    return sheet
+
+
+def draw_query(setting, models, rankings, query, top=5):
+    """One query: for each model its cross-attention maps and its best images. -> PIL image.
+
+    A single model also shows its grouping, and how the words attend to its tokens.
+    """
+    seen = [look(setting, model, query) for model in models.values()]
+    lines = [(f"{len(cross)} tokens", cross) for _, cross, _ in seen]
+    words = Image.new("RGB", (0, 0))
+    if len(models) == 1:
+        ((grouping, cross, U),) = seen
+        words = draw_words(*words_to_tokens(setting, U, query.captions[0]))
+        lines = [(f"grouping (Eq. 1) of u1 .. u{len(cross)}", grouping),
+                 (f"cross-attention (Eq. 4) of u1 .. u{len(cross)}", cross)]  # fmt: skip
+    middle = LEFT + max(len(maps) for _, maps in lines) * STEP + 2 * GAP
+    right, line = middle + words.width, STEP + 16
+    height = max(line * len(lines), words.height)
+    sheet = Image.new("RGB", (right + top * STEP + GAP, height), "white")
+    image = picture(setting, query.reference)
+    sheet.paste(image, (GAP, 16))
+    write(sheet, GAP, TILE + 22, textwrap.fill(f"that {query.captions[0]}", 24), 12)
+    for i, (label, maps) in enumerate(lines):
+        write(sheet, LEFT, 1 + i * line, label)
+        for j, weights in enumerate(maps):
+            sheet.paste(overlay(image, weights), (LEFT + j * STEP, 16 + i * line))
+    sheet.paste(words, (middle, 0))
+    for i, run in enumerate(models):
+        paste_retrieved(sheet, setting, query, rankings[run][query.id][:top], right, 16 + i * line)
     return sheet

@@ -1,0 +1,70 @@
+"""What LAR changes, beyond Table 8: results by type of modifier, and the learnt words."""
+
+import statistics
+from collections import Counter
+from json import loads
+
+import torch
+
+import benchmarks
+import blip_lite
+import evaluate
+import isa
+import query_side
+from paper.numbers import NOTES, ROWS
+from paper.runs import folder, seeds_of
+from paper.tables import cell, markdown, measured, value
+from plumbing.images import open_image
+from plumbing.pictures import nearest_words, word_rows
+from pocket.specs import EDIT_KINDS
+
+
+def lar_table(seeds, images=500):
+    """Two tables of the runs that are there -> lines of markdown."""
+    blip = blip_lite.load("pocket")
+    (benchmark,) = evaluate.open_benchmarks("cirr")
+    paths = [benchmark.paths[name] for name in benchmark.gallery[:images]]
+    pixels = (blip.preprocess(open_image(path))[None] for path in paths)
+    v = torch.cat([blip.encode_image(x, cls_only=True)[0] for x in pixels])  # [M, E]
+    kinds = [kind for kind in EDIT_KINDS if kind != "replace"]  # only pre-training has that one
+    columns = [(b, metric, kind) for b, metric in benchmarks.HEADLINE.items() for kind in kinds]
+    scores, words = [], []
+    for label, row in ROWS["lar"].items():
+        run, seen = row["ours"], seeds_of(row["ours"], seeds)
+        seen = [seed for seed in seen if (folder(run, seed) / "isa.pt").exists()]
+        results = measured(run, seen, "test")
+        cells = [cell([value(r, b, f"{kind} {m}") for r in results]) for b, m, kind in columns]
+        scores.append([label, *cells])
+        looks = [look_at_words(folder(run, seed) / "isa.pt", blip, paths, v) for seed in seen]
+        cells = [cell([look[i] for look in looks]) for i in range(4)]
+        words.append([label, *cells, looks[0][4] if looks else "–"])
+    norm = word_rows(blip)[1].norm(dim=1).mean()
+    return [
+        NOTES["lar, scores"],
+        "",
+        *markdown(["loss", *(f"{b} {metric}, {kind}" for b, metric, kind in columns)], scores),
+        "",
+        NOTES["lar, words"].format(images=len(paths), norm=norm),
+        "",
+        *markdown(["loss", "norm of a token", "cosine to the nearest word", "true, %",
+                   "own image, R@1", "nearest words, most often"], words),
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def look_at_words(checkpoint, blip, paths, v):
+    """What a query model says of images with features v [M, E].
+
+    -> the mean norm of a token, its mean cosine to the nearest word, the percentage of those words
+    that are in the image's full caption, R@1 of the sentence among the images, the commonest words.
+    """
+    model, settings = query_side.load_query_model(checkpoint, blip)
+    U, _ = evaluate.through_query_model(model, paths, "fp32", "cpu", 1)  # [M, L, d_w]
+    words, cosine = nearest_words(blip, U)  # [M, L] each
+    captions = loads((paths[0].absolute().parents[2] / "captions.json").read_text())
+    said = [(path.stem, word) for path, row in zip(paths, words, strict=True) for word in row]
+    true = 100 * statistics.mean(word in captions[image].split() for image, word in said)
+    t = blip.encode_text(*isa.compose_query(blip, U, prompt=settings["prompt"]))  # [M, E]
+    own = 100 * ((t @ v.T).argmax(dim=1) == torch.arange(len(paths))).float().mean().item()
+    often = " ".join(word for word, _ in Counter(word for _, word in said).most_common(6))
+    return U.norm(dim=-1).mean().item(), cosine.mean().item(), true, own, often
