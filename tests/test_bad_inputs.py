@@ -454,8 +454,6 @@ CASES = [
          prepare=benchmark("circo", entry(gt_img_ids=["../1"]), CIRCO_TEST)),
     case("FashionIQ's folder for CIRR's", f"{TABLE} {{world}}/fashioniq", "fashioniq/image_splits/split.rc2.test1.json is missing",
          "split.dress.test.json"),
-    case("CIRR has test1, not test", f"{SUBMIT} --split test --checkpoint {{isa}}", "split.rc2.test.json is missing",
-         "split.rc2.test1.json"),
     case("CIRCO has no train", "evaluate.py score --benchmark circo --data {world}/circo --split train p.json",
          "annotations/train.json is missing (there is test.json, val.json)"),
     case("split climbs", f"{TABLE} {{world}}/cirr --split ../val", "'../val' is not a plain file name"),
