@@ -131,7 +131,8 @@ def test_subsets_are_ranked_whole_however_short_the_ranking(setting):
 
 
 def test_inversion_of_the_references_is_a_method(setting, monkeypatch, pocket_blip):
-    """searle-oti: the word of each reference, however often it is asked about, is its sentence."""
+    """searle-oti: a reference's word is its sentence, however often it is asked about, and where
+    the gallery does not hold it."""
     asked = []
 
     def invert(blip, v, regularize, **options):
@@ -139,8 +140,14 @@ def test_inversion_of_the_references_is_a_method(setting, monkeypatch, pocket_bl
         return torch.zeros(len(v), 1, 128) + v[:, :1, None]
 
     monkeypatch.setattr(setting_module, "invert", invert)
-    val = setting("circo")
+
+    def without_one(benchmark):
+        gallery = [x for x in benchmark.gallery[::-1] if x != benchmark.queries[3].reference]
+        return replace(benchmark, gallery=gallery)
+
+    val = setting("circo", change=without_one)
     q, queries = val.query_features("searle-oti"), val.benchmark.queries
+    assert val.names == [*val.benchmark.gallery, queries[3].reference]
     assert len(asked[0]) == len({query.reference for query in queries}) < len(q) + 1
     for row in (0, 3):
         U = torch.zeros(1, 1, 128) + val.v[val.names.index(queries[row].reference)][0]
@@ -227,8 +234,6 @@ def test_table_is_complete(table, trained, second, pocket_blip):
         for parts in methods.values():
             assert ({"dress", "shirt", "toptee"} <= set(parts)) == (name == "fashioniq")
             assert {"all", "describe"} <= set(parts) and set(parts["all"]) == METRICS[name]
-            pairs = [pair for metrics in parts.values() for pair in metrics.values()]
-            assert all(0 <= mean <= 100 and spread >= 0 for mean, spread in pairs)
         title = f"{name} (test), percent, mean ± standard deviation over seeds where there are"
         assert title in table.printed.out
     row = next(line for line in table.printed.out.splitlines() if line.startswith("text "))
@@ -372,14 +377,12 @@ def test_submitted_files_score_as_the_table_says(call_script, run, small_world, 
             file = tmp_path / "new" / f"{name}.json"
             rankings = benchmarks.read_predictions(file, benchmark)
             length = min(50, len(benchmark.gallery) - (name == "cirr"))
-            assert len(rankings) == len(benchmark.queries)
             assert all(len(names) == length for names in rankings.values())
         subset = ["--subset", "new/cirr_subset.json"] if name == "cirr" else []
         scored = call_script("evaluate.py", "score", *where, f"new/{name}.json", *subset)
         assert scored.status == 0, scored.err
         wanted = {metric: mean for metric, (mean, _) in results[name]["isa"]["all"].items()}
         assert scores_printed(scored.out) == pytest.approx(wanted, abs=0.0051)
-    assert json.loads((tmp_path / "new" / "cirr.json").read_text())["metric"] == "recall"
     subset = json.loads((tmp_path / "new" / "cirr_subset.json").read_text())
     assert subset.pop("metric") == "recall_subset" and subset.pop("version") == "rc2"
     assert all(len(names) == 3 for names in subset.values())
