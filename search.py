@@ -1,12 +1,11 @@
-"""Composed search in a folder of your own photos: an image, and in words what should be different about it.
+"""Composed search in your own photos: an image, and in words what should be different about it.
 
-    python search.py --gallery photos/ --image holiday.jpg --text "at night" --out found.png
-    python search.py --gallery photos/ --image holiday.jpg --text "at night" --json -            # for another program
-    python search.py --gallery photos/ --image a.jpg --blip weights/model_base.pth --image-size 224 --checkpoint runs/cc3m/isa.pt
+    python search.py --gallery photos/ --image beach.jpg --text "at night" --out found.png
+    python search.py --gallery photos/ --image beach.jpg --text "at night" --json - \\
+        --blip weights/model_base.pth --image-size 224 --checkpoint runs/cc3m/isa.pt
 
-The default models are the pocket world's, which know nothing but its drawings: photographs want the real ones (README). BLIP looks
-at every photo once. What it saw is kept in --cache-dir, so the next search encodes only photos that are new or have changed, and
-an indexing that was stopped goes on where it was.
+The default models know only the pocket world's drawings; photographs need real ones (README).
+Features of photos are kept in --cache-dir: the next search encodes only new and changed photos.
 """
 
 import argparse
@@ -27,162 +26,127 @@ import isa
 import query_side
 from plumbing.command import run_command
 from plumbing.files import check_folder, check_output, explained, locked, replacing, write_json
-from plumbing.images import SUFFIXES, identity, list_images, load_images, open_image, walk
+from plumbing.images import identity, list_images, load_images, open_image, walk
 from plumbing.options import add_shared_options, check_lengths, check_options
-from plumbing.pictures import contact_sheet, nearest_words
+from plumbing.pictures import check_picture, contact_sheet, nearest_words, save_picture
 from plumbing.precision import autocast, open_blip
-from query_side.query_model import load_query_model
-
-BATCH = 64  # photos between two writes of the index: what a kill can lose
 
 
-def photos_below(folder):
-    """Paths of the photos in a folder and its sub-folders, in a fixed order. Raises ValueError where there are none."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder}: there is no such folder; give a folder of photos with --gallery")
-    paths = [path for path in walk(folder) if not path.endswith(".tar")]
-    if not paths:
-        raise ValueError(f"{folder}: holds no photos; give a folder of photos with --gallery")
-    return paths
+def index(blip, paths, root, precision, cache, workers=1):
+    """Paths of photos below the folder `root` -> those that can be read, v [N, E] of unit norm.
 
-
-def place_of_index(blip, folder, precision, cache):
-    """An index belongs to one folder of photos, however it is reached, one BLIP and one precision."""
-    key = f"{os.path.realpath(folder)}\0{blip.fingerprint}\0{precision}"
-    return Path(cache) / f"photos-{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}"
-
-
-def index(blip, paths, folder, precision, cache, workers=1):
-    """Features of the photos below a folder, each computed once -> v float32 [N, E], unit norm; NaN for what cannot be read.
-
-    The index is one file of records (what identifies a photo: path, size, time of change; its v), to which new ones are appended;
-    a half-written last one is cut off. Photos that are gone are forgotten when they are more than those that are there. What cannot
-    be read has no record: it is tried again next time, since the fault may be the disk's.
+    The index is a file of records: an id (hash of path, size and time of change) and v, float32.
+    New ones are appended, a half-written last one is cut off; those of photos that are gone are
+    dropped once they are the majority. What cannot be read is tried again in the next search.
     """
+    key = hashlib.sha256(os.fsencode(f"{root}\0{blip.fingerprint}\0{precision}")).hexdigest()[:16]
+    ids = [hashlib.sha256(identity(path)).hexdigest()[:32].encode() for path in paths]
     kind = np.dtype([("id", "S32"), ("v", np.float32, (blip.embed_dim,))])
-    place, root = place_of_index(blip, folder, precision, cache), os.path.realpath(folder)
-    names = (os.path.join(root, path[len(os.fspath(folder)) :].lstrip(os.sep)) for path in paths)  # relpath, ten times as fast
-    wanted = [hashlib.sha256(identity(name)).hexdigest()[:32].encode() for name in names]
-    with locked(place):  # one search at a time writes; the next finds it done
-        file = place / "records"
+    file = Path(cache) / f"photos-{key}" / "records"
+    with locked(file.parent):  # one search at a time writes; the next finds its work done
         file.touch()
         os.truncate(file, file.stat().st_size // kind.itemsize * kind.itemsize)
         known = set(np.fromfile(file, kind)["id"].tolist())
-        new = [i for i, name in enumerate(wanted) if name not in known]
-        with file.open("ab") as records:
-            for rows, v in encode(blip, [paths[i] for i in new], precision, workers):
-                batch = np.empty(len(rows), kind)
-                batch["id"], batch["v"] = [wanted[new[i]] for i in rows], v
-                with explained(file):
-                    records.write(batch.tobytes())
-                    records.flush()
+        new = [i for i, name in enumerate(ids) if name not in known]
+        for rows, v in encode(blip, [paths[i] for i in new], precision, workers) if new else ():
+            batch = [(ids[new[row]], feature) for row, feature in zip(rows, v, strict=True)]
+            with explained(file), open(file, "ab") as records:
+                records.write(np.array(batch, kind).tobytes())
         stored = np.fromfile(file, kind)
         row = {name: i for i, name in enumerate(stored["id"].tolist())}
-        there = [i for i, name in enumerate(wanted) if name in row]
-        stored = stored[[row[wanted[i]] for i in there]]
-        if len(row) > 2 * len(wanted):
+        there = [i for i, name in enumerate(ids) if name in row]
+        stored = stored[[row[ids[i]] for i in there]]
+        if len(row) > 2 * len(ids):
             with replacing(file) as records:
                 records.write(stored.tobytes())
-    v = torch.full((len(paths), blip.embed_dim), torch.nan)
-    v[there] = torch.from_numpy(stored["v"])
-    return v
+    return [paths[i] for i in there], torch.from_numpy(stored["v"].copy())
 
 
 @torch.no_grad()
 def encode(blip, paths, precision, workers):
-    """Batches of (row numbers, v [M, E] as an array); what cannot be read is named on stderr and left out."""
-    preprocess = partial(blip_lite.to_pixels, image_size=blip.image_size, mean=blip_lite.MEAN, std=blip_lite.STD)
-    device = blip.temp.device
-    with tqdm(total=len(paths), desc="indexing photos", unit="photo", disable=None if paths else True) as bar:
-        for rows, pixels, bad in load_images(list_images(paths), preprocess, BATCH, workers) if paths else ():
-            for why in bad.values():
-                tqdm.write(f"left out: {why}", file=sys.stderr)
-            if rows:
-                with autocast(device, precision):
-                    v = blip.encode_image(pixels.to(device), cls_only=True)[0]
-                yield rows, v.float().cpu().numpy()
-            bar.update(len(rows) + len(bad))
+    """Yields (row numbers, their v [M, E] as an array); names on stderr what cannot be read."""
+    preprocess = partial(blip_lite.to_pixels, image_size=blip.image_size, mean=blip_lite.MEAN,
+                         std=blip_lite.STD)  # blip.preprocess without blip: workers need no weights
+    batches = load_images(list_images(paths), preprocess, 64, workers)  # a kill loses 64 at most
+    for rows, pixels, bad in tqdm(batches, "indexing photos", unit="batch", disable=None):
+        for why in bad.values():
+            tqdm.write(f"left out: {why}", file=sys.stderr)
+        if rows:
+            with autocast(blip.temp.device, precision):
+                v, _ = blip.encode_image(pixels.to(blip.temp.device), cls_only=True)
+            yield rows, v.float().cpu().numpy()
 
 
 @torch.no_grad()
-def compose(blip, model, image, text, prompt, precision):
-    """A PIL image and a text -> q [1, E], U [1, L, d_w], and (grouping, cross) maps [L, H, W], None where the mapper has none."""
+def compose(blip, model, prompt, image, text, precision):
+    """A PIL image and a text -> q [1, E], U [1, L, d_w], two maps [L, H, W] as in isa, or None."""
     device = blip.temp.device
     with autocast(device, precision):
         feature_map = model.encoder(query_side.preprocess(model.encoder, image)[None].to(device))
         U = model.mapper(feature_map)
         q = blip.encode_text(*isa.compose_query(blip, U, [text], prompt))
-        maps = model.mapper.attention_maps(feature_map) if hasattr(model.mapper, "attention_maps") else (None, None)
-    return q.float().cpu(), U.float(), [None if m is None else m[0].float().cpu() for m in maps]
-
-
-def is_same_file(path, other):
-    """Under whatever name; False where one has gone."""
-    try:
-        return os.path.samefile(path, other)
-    except OSError:
-        return False
-
-
-def search(args):
-    """-> (paths best first, their scores), and what the contact sheet shows of the query."""
-    if not os.path.exists(args.image):
-        raise ValueError(f"{args.image}: there is no such image; give the query image with --image")
-    image = blip_lite.to_rgb(open_image(args.image))
-    paths = photos_below(args.gallery)
-    blip, precision = open_blip(vars(args))
-    indexed = [p for p in ("fp32", "bf16") if place_of_index(blip, args.gallery, p, args.cache_dir).exists()]
-    if args.precision == "auto" and indexed and precision not in indexed:  # auto is timed: a busy moment must not cost an index
-        args.precision = indexed[0]
-        blip, precision = open_blip(vars(args))
-    args.precision = precision  # for the settings in --json
-    model, trained = load_query_model(args.checkpoint, blip)
-    if trained["gallery"] == "query":
-        raise ValueError(f"{args.checkpoint}: was trained for a gallery of its own; search.py has BLIP's: give another checkpoint")
-    check_lengths(blip, trained["prompt"], trained["tokens"], [("--text", isa.continuation(args.text))])
-    q, U, maps = compose(blip, model, image, args.text, trained["prompt"], precision)
-    v = index(blip, paths, args.gallery, precision, args.cache_dir, args.workers)
-
-    good = v.isfinite().all(dim=1)
-    bad = len(paths) - int(good.sum())
-    told = f", {bad} of them cannot be read and are left out" if bad else ""
-    print(f"{len(paths)} photos in {args.gallery}{told}", file=sys.stderr)
-    kept = [i for i in good.nonzero()[:, 0].tolist() if args.keep_query or not is_same_file(paths[i], args.image)]
-    if not kept:
-        raise ValueError(f"{args.gallery}: holds no photo that can be read besides the query; give another folder with --gallery")
-    best = benchmarks.top_k(q, v[kept], args.top)[0].tolist()
-    scores = (v[kept][best] @ q[0]).tolist()
-    return [paths[kept[i]] for i in best], scores, image, nearest_words(blip, U)[0][0], maps
+        attend = getattr(model.mapper, "attention_maps", lambda _: (None, None))
+        maps = [None if m is None else m[0].float().cpu() for m in attend(feature_map)]
+    return q.float().cpu(), U.float(), maps
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--gallery", required=True, help=f"folder of photos ({' '.join(SUFFIXES)}), searched with its sub-folders")
-    p.add_argument("--image", required=True, help="the query image; left out of the result if it lies in the gallery")
-    p.add_argument("--text", default="", help='what should be different, to follow "that": "has a red car", "is at night"; '
-                   "without it, photos like the image are found")
-    p.add_argument("--top", type=int, default=10, help="how many photos to find")
-    p.add_argument("--out", help="write a contact sheet to this file (.png, .jpg)")
-    p.add_argument("--json", help='write the result to this file; "-" = print it, instead of the list')
-    p.add_argument("--keep-query", action="store_true", help="do not leave the query image out")
-    p.add_argument("--checkpoint", default=str(Path(__file__).resolve().parent / "pocket" / "isa.pt"), help="isa.pt of train.py")
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--gallery", required=True, help="folder of photos, searched with its sub-folders")
+    add("--image", required=True, help="the query image; left out of the result")
+    add("--text", default="", help='what should be different, to follow "that": "has a red car", '
+        '"is at night"; without it, photos like the image are found')
+    add("--top", type=int, default=10, help="how many photos to find")
+    add("--out", help="write a contact sheet to this file (.png, .jpg)")
+    add("--json", help='write the result to this file; "-" = print it, in place of the list')
+    add("--keep-query", action="store_true", help="do not leave the query image out")
+    pocket = str(Path(__file__).resolve().parent / "pocket" / "isa.pt")
+    add("--checkpoint", default=pocket, help="isa.pt of train.py")
     add_shared_options(p)
     args = p.parse_args(argv)
     check_options(p, args, top=1, workers=0, threads=0)
-    if args.out and Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        p.error(f"--out has to be a .png or .jpg file, not {args.out}")
     return args
 
 
 def main(args):
-    for path in (args.out, args.json if args.json != "-" else None):
-        if path:
-            check_output(path)
+    settings = vars(args)
+    if args.out:
+        check_picture(args.out)
+    if args.json and args.json != "-":
+        check_output(args.json)
     check_folder(args.cache_dir)
-    found, scores, image, words, maps = search(args)
-    ranked = enumerate(zip(scores, found, strict=True), start=1)
-    results = [{"rank": rank, "score": round(score, 4), "path": path} for rank, (score, path) in ranked]
-    document = {"settings": vars(args), "nearest_words": words, "results": results}
+    if not os.path.exists(args.image):
+        raise ValueError(f"{args.image}: there is no such image; give the query image with --image")
+    image = blip_lite.to_rgb(open_image(args.image))
+    if not os.path.isdir(args.gallery):
+        raise ValueError(f"{args.gallery}: there is no such folder; give another with --gallery")
+    root = os.path.realpath(args.gallery)  # one index, whichever way the folder is reached
+    paths = [path for path in walk(root) if not path.endswith(".tar")]
+    if not paths:
+        raise ValueError(f"{args.gallery}: holds no photos; give another folder with --gallery")
+    blip, settings["precision"] = open_blip(settings)
+    model, trained = query_side.load_query_model(args.checkpoint, blip)
+    if trained["gallery"] == "query":
+        raise ValueError(f"{args.checkpoint}: was trained for its own gallery; give another model")
+    texts = [("--text", isa.continuation(args.text))]
+    check_lengths(blip, trained["prompt"], trained["tokens"], texts)
+
+    q, U, maps = compose(blip, model, trained["prompt"], image, args.text, args.precision)
+    photos, v = index(blip, paths, root, args.precision, args.cache_dir, args.workers)
+    print(f"{len(paths)} photos in {args.gallery}, {len(photos)} of them readable", file=sys.stderr)
+    kept = [i for i, path in enumerate(photos) if args.keep_query or not os.path.exists(path)
+            or not os.path.samefile(path, args.image)]
+    if not kept:
+        raise ValueError(f"{args.gallery}: no other photo can be read; give another folder")
+    best = benchmarks.top_k(q, v[kept], args.top)[0].tolist()
+    scores = (v[kept][best] @ q[0]).tolist()
+    found = [os.path.join(args.gallery, os.path.relpath(photos[kept[i]], root)) for i in best]
+    results = [{"rank": rank, "score": round(score, 4), "path": path}
+               for rank, (path, score) in enumerate(zip(found, scores, strict=True), start=1)]
+    (words,), _ = nearest_words(blip, U)
+    document = {"settings": settings, "nearest_words": words, "results": results}
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     if args.json == "-":
         print(json.dumps(document, indent=1))
@@ -192,11 +156,9 @@ def main(args):
         if args.json:
             write_json(args.json, document)
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(args.out) as file:  # whose name tells PIL the format
-            contact_sheet(image, args.text, words, maps, found, scores).save(file, quality=90)
+        save_picture(contact_sheet(image, args.text, words, maps, found, scores), args.out)
         print(f"wrote {args.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run_command("search.py", main, parse_args(), "interrupted; indexed photos are kept, the next search continues from there")
+    run_command("search.py", main, parse_args(), "interrupted; the next search resumes the index")

@@ -90,3 +90,26 @@ def require_images(benchmark):
             f"{len(missing)} of {len(benchmark.paths)} images of {benchmark.name} are missing or empty, the first is "
             f"{benchmark.paths[missing[0]]}; `python evaluate.py check` shows the expected tree"
         )
+
+
+def check_benchmark(name, root, splits=None):
+    """Temporary, until its owner's version is merged."""
+    print(f"expected below {root}:\n\n{expected_tree(name)}\n")
+    complete = True
+    for row in check_layout(name, root, splits):
+        print(f"{name} {row['category'] or ''} {row['split']}: ", end="")
+        if row["problem"]:
+            complete = False
+            print(row["problem"] if not row["missing"] else "annotations are missing")
+            for file in row["missing"]:
+                print(f"  missing: {file}")
+            continue
+        found = row["images"] - row["images_missing"]
+        print(f"{row['queries']} queries, gallery of {row['gallery']}, {found} of {row['images']} images found")
+        for file in row["first_missing"]:
+            print(f"  missing: {file}")
+        complete &= not row["images_missing"]
+    if not complete:
+        meant = find_root(name, root)
+        hint = "" if meant in (None, Path(root)) else f", and --data {meant} has its annotations"
+        raise ValueError(f"{root} is not complete; see the list above{hint}")

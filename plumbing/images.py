@@ -290,14 +290,14 @@ NAME.jpg or {", ".join(SUFFIXES[1:])}, in any sub-folders
 00000.tar                                         shards of such images, uncompressed, as img2dataset writes them"""
 
 
-def check_images(args, sample=200):
+def check_images(folder, cache_dir, sample=200):
     """A training folder: what train.py would find there. A random sample of its images is decoded, all empty ones are found."""
-    print(f"expected below {args.images}:\n\n{TRAINING_TREE}\n")
-    taken, others, empty = count_files(args.images)
+    print(f"expected below {folder}:\n\n{TRAINING_TREE}\n")
+    taken, others, empty = count_files(folder)
     for what, counts in (("images and shards", taken), ("passed over", others)):
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items(), key=lambda pair: -pair[1])[:8])
         print(f"{what}: {sum(counts.values())} files{f' ({kinds})' if kinds else ''}")
-    images = find_images(args.images, args.cache_dir)
+    images = find_images(folder, cache_dir)
     rows = sorted(Random(0).sample(range(len(images)), min(sample, len(images))))
     damaged = []
     for i in rows:
@@ -309,4 +309,4 @@ def check_images(args, sample=200):
     for why in [*(f"{path}: is empty" for path in empty), *damaged][:5]:
         print(f"  {why}")
     if len(empty) > 0.01 * len(images) or len(damaged) > 0.01 * len(rows):
-        raise ValueError(f"{args.images}: more than 1 % of the images are damaged; mend them, or train with --skip-bad-images")
+        raise ValueError(f"{folder}: more than 1 % of the images are damaged; mend them, or train with --skip-bad-images")

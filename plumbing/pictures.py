@@ -2,6 +2,7 @@
 
 import os
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,61 +10,57 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import blip_lite
-from plumbing.images import open_image
+from plumbing.files import check_output, replacing
+from plumbing.images import SUFFIXES, open_image
 
 GREEN, RED = (30, 160, 60), (215, 20, 20)  # frames of targets; what a token looks at
+GREY, PAPER = (110, 110, 110), (244, 244, 244)  # small print; behind a photo that is not square
+TILE, SIDE, PHOTO, MARGIN = 72, 220, 150, 16  # pixels of a contact sheet: map, query, result, gap
+ACROSS = 5  # results a line
 
 
-def draw_picture(setting, rankings, count=6, top=5, side=96):
-    """The first queries of each type: reference, modifier, best images; a frame marks the targets. -> PIL image."""
-    benchmark = setting.benchmark
-    order = sorted(range(len(benchmark.queries)), key=lambda i: (len(benchmark.queries[i].captions[0]) > 44, i % 97))
-    chosen = [benchmark.queries[i] for i in order[:count]]
-    sheet = Image.new("RGB", (side * (top + 4) + 8, (side + 8) * count + 8), "white")
-    pen = ImageDraw.Draw(sheet)
-    for line, query in enumerate(chosen):
-        y = 8 + line * (side + 8)
+def check_picture(path):
+    """ValueError where `save_picture` could not write this file."""
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: names no picture format; give a name that ends in .png or .jpg")
+    check_output(path)
 
-        def paste(name, x, frame=None, y=y):
-            image = blip_lite.to_rgb(open_image(benchmark.paths[name])).resize((side - 8, side - 8))
-            if frame:
-                pen.rectangle((x - 4, y - 4, x + side - 5, y + side - 5), fill=frame)
-            sheet.paste(image, (x, y))
 
-        paste(query.reference, 8)
-        pen.multiline_text((side + 8, y + 24), textwrap.fill(f"that {query.captions[0]}", 34), fill="black", font_size=15)
-        for i, name in enumerate(rankings[query.id][:top]):
-            paste(name, side * (4 + i) + 4, GREEN if name in query.targets else None)
-    return sheet
+def save_picture(picture, path):
+    """Write a PIL image in the format that the suffix names; makes the folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:  # whose name tells PIL the format
+        picture.save(file, quality=90)
 
 
 def overlay(image, weights):
-    """A faded image under the weights [H, W] of one token, in red; the deepest red is the token's own maximum."""
+    """A faded image under the weights [H, W] of one token, in red, deepest at its maximum."""
     weights = np.asarray(weights, np.float32)
-    mask = Image.fromarray(0.75 * weights / max(float(weights.max()), 1e-9)).resize(image.size, Image.Resampling.BILINEAR)
-    faded = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "white"), 0.5)
-    red = Image.new("RGB", image.size, RED)
-    return Image.composite(red, faded, Image.fromarray((255 * np.asarray(mask)).astype(np.uint8)))
+    mask = Image.fromarray(0.75 * weights / max(float(weights.max()), 1e-9))
+    mask = np.asarray(mask.resize(image.size, Image.Resampling.BILINEAR))
+    white, red = (Image.new("RGB", image.size, color) for color in ("white", RED))
+    faded = Image.blend(image.convert("L").convert("RGB"), white, 0.5)
+    return Image.composite(red, faded, Image.fromarray((255 * mask).astype(np.uint8)))
 
 
 def word_rows(blip):
-    """The whole words of BLIP's vocabulary, without single letters, pieces and special tokens -> words, rows [V, d_w]."""
-    kept = [(word, i) for word, i in blip.tokenizer.vocab.items() if word.isalpha() and len(word) > 1]
-    return [word for word, _ in kept], blip.text_encoder.embeddings.word_embeddings.weight[[i for _, i in kept]]
+    """The whole words of BLIP's vocabulary -> list of V strings, their rows [V, d_w].
+
+    Single letters, pieces of words and special tokens are left out.
+    """
+    vocab = blip.tokenizer.vocab
+    kept = [(word, i) for word, i in vocab.items() if word.isalpha() and len(word) > 1]
+    rows = blip.text_encoder.embeddings.word_embeddings.weight[[i for _, i in kept]]
+    return [word for word, _ in kept], rows
 
 
 @torch.no_grad()
 def nearest_words(blip, U):
-    """Sentences U [M, L, d_w] -> for each token the word whose row is nearest, lists of M x L strings, and the cosines [M, L]."""
+    """U [M, L, d_w] -> the word nearest to each token, M lists of L; their cosines [M, L]."""
     words, rows = word_rows(blip)
-    cosine, nearest = (F.normalize(U.float(), dim=-1) @ F.normalize(rows, dim=-1).T).max(dim=-1)  # [M, L]
+    cosines = F.normalize(U.float(), dim=-1) @ F.normalize(rows, dim=-1).T  # [M, L, V]
+    cosine, nearest = cosines.max(dim=-1)
     return [[words[i] for i in row] for row in nearest.tolist()], cosine
-
-
-TILE, SIDE, PHOTO, MARGIN, ACROSS = 72, 220, 150, 16, 5  # pixels: a map, the query, a photo found, what is left empty; photos a row
-
-
-GREY, PAPER = (110, 110, 110), (244, 244, 244)  # small print; what lies under a photo that is not square
 
 
 def scaled(image, side):
@@ -73,45 +70,71 @@ def scaled(image, side):
 
 
 def paste(sheet, image, x, y, side):
-    """Put an image in the middle of a square of the sheet."""
+    """Paste an image, proportions kept, into the middle of a square of the sheet."""
     image = scaled(image, side)
     sheet.paste(PAPER, (x, y, x + side, y + side))
     sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
 
 
 def shortened(text, font, width):
-    """The text, its middle left out until it is at most `width` pixels long."""
-    if font.getlength(text) <= width:
-        return text
-    half = len(text) // 2
-    while half > 1 and font.getlength(f"{text[:half]}...{text[-half:]}") > width:
-        half -= 1
-    return f"{text[:half]}...{text[-half:]}"
+    """The text, its middle left out until it is at most `width` pixels wide."""
+    short, half = text, len(text) // 2
+    while half and font.getlength(short) > width:
+        short, half = f"{text[:half]}...{text[-half:]}", half - 1
+    return short
+
+
+def draw_picture(benchmark, rankings, count=6, top=5, side=96):
+    """Some queries, a line each: reference, modifier, best images, targets framed -> PIL image."""
+    queries = benchmark.queries  # short modifiers, which fit their column, from all over the split
+    order = sorted(range(len(queries)), key=lambda i: (len(queries[i].captions[0]) > 44, i % 97))
+    sheet = Image.new("RGB", (side * (top + 4) + 8, (side + 8) * count + 8), "white")
+    pen = ImageDraw.Draw(sheet)
+
+    def put(name, x, y):
+        paste(sheet, blip_lite.to_rgb(open_image(benchmark.paths[name])), x, y, side - 8)
+
+    for line, i in enumerate(order[:count]):
+        query, y = queries[i], 8 + line * (side + 8)
+        put(query.reference, 8, y)
+        text = textwrap.fill(f"that {query.captions[0]}", 34)
+        pen.multiline_text((side + 8, y + 24), text, fill="black", font_size=15)
+        for place, name in enumerate(rankings[query.id][:top]):
+            x = side * (4 + place) + 4
+            if name in query.targets:
+                pen.rectangle((x - 4, y - 4, x + side - 5, y + side - 5), fill=GREEN)
+            put(name, x, y)
+    return sheet
 
 
 def contact_sheet(query, text, words, maps, found, scores):
-    """Left the query: image, text, and for each of its L tokens the nearest word, what it owns and what it looks at. Right the
-    photos at the paths `found`, with rank, score and name. -> PIL image.
+    """What a search found -> PIL image.
+
+    Left the query: image, text, and for each of its L tokens the nearest of `words` and what it
+    owns and looks at, the two `maps` [L, H, W] (None where the mapper has none). Right the photos
+    at the paths `found`, with rank, score and name.
     """
     small, middle = ImageFont.load_default(12), ImageFont.load_default(15)
-    rows = [(label, m) for label, m in (("owns (Eq. 1)", maps[0]), ("looks at (Eq. 4)", maps[1])) if m is not None]
+    labels = ("owns (Eq. 1)", "looks at (Eq. 4)")
+    rows = [(label, m) for label, m in zip(labels, maps, strict=True) if m is not None]
     step, row = TILE + 6, TILE + 22
+    block = len(rows) * row + 30  # the height of a line of tokens
     per_line = min(len(words), 6)
     left = max(per_line * step, 2 * SIDE) + 2 * MARGIN
-    text_lines = textwrap.wrap(f"that {text}", 24) if text.strip() else ["(no text)"]
-    top = max(SIDE, 20 * len(text_lines)) + 2 * MARGIN
-    bottom = top + -(-len(words) // per_line) * (len(rows) * row + 30)
-    cell = PHOTO + 44
-    across = min(ACROSS, len(found))
-    size = left + MARGIN + across * (PHOTO + MARGIN), max(bottom, MARGIN + -(-len(found) // across) * cell)
-    sheet = Image.new("RGB", size, "white")
+    lines = textwrap.wrap(f"that {text}", 24) if text.strip() else ["(no text)"]
+    top = max(SIDE, 20 * len(lines)) + 2 * MARGIN
+    bottom = top + -(-len(words) // per_line) * block
+    across, cell = min(ACROSS, len(found)), PHOTO + 44
+    bottom = max(bottom, MARGIN + -(-len(found) // across) * cell)
+    sheet = Image.new("RGB", (left + MARGIN + across * (PHOTO + MARGIN), bottom), "white")
     pen = ImageDraw.Draw(sheet)
 
     paste(sheet, query, MARGIN, MARGIN, SIDE)
-    pen.multiline_text((MARGIN * 2 + SIDE, MARGIN), "\n".join(text_lines), fill="black", font=middle, spacing=5)
+    beside = MARGIN * 2 + SIDE, MARGIN
+    pen.multiline_text(beside, "\n".join(lines), fill="black", font=middle, spacing=5)
     query = scaled(query, TILE)
     for i, word in enumerate(words):
-        x, y = MARGIN + i % per_line * step, top + i // per_line * (len(rows) * row + 30)
+        x, y = MARGIN + i % per_line * step, top + i // per_line * block
         pen.text((x, y), shortened(f"u{i + 1} {word}", small, TILE + 4), fill="black", font=small)
         for n, (label, weights) in enumerate(rows):
             if x == MARGIN:

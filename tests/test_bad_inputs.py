@@ -454,7 +454,7 @@ CASES = [
          prepare=benchmark("circo", entry(gt_img_ids=["../1"]), CIRCO_TEST)),
     case("FashionIQ's folder for CIRR's", f"{TABLE} {{world}}/fashioniq", "fashioniq/image_splits/split.rc2.test1.json is missing",
          "split.dress.test.json"),
-    case("CIRR has test1, not test", f"{SUBMIT} --split test --checkpoint {{isa}}", "split.rc2.test.json is missing",
+    case("CIRR has test1, not tset", f"{SUBMIT} --split tset --checkpoint {{isa}}", "split.rc2.tset.json is missing",
          "split.rc2.test1.json"),
     case("CIRCO has no train", "evaluate.py score --benchmark circo --data {world}/circo --split train p.json",
          "annotations/train.json is missing (there is test.json, val.json)"),
@@ -936,7 +936,7 @@ def test_a_gpu_that_is_too_small(here, call_script, monkeypatch):
 
 @pytest.mark.skipif(not (DATA / "cirr").is_dir(), reason="needs the real annotations (ISA_SHARED)")
 def test_the_real_cirr_has_test1(here, call_script):
-    for command, split in ((f"{SUBMIT} --checkpoint {{isa}} --split test", "test"), (f"{SCORE} p.json --split tset", "tset")):
+    for command, split in ((f"{SUBMIT} --checkpoint {{isa}} --split tset", "tset"), (f"{SCORE} p.json --split tset", "tset")):
         wrong = case("", command, f"split.rc2.{split}.json is missing (there is split.rc2.test1.json, split.rc2.val.json)")
         predictions(lambda d: None)(here)
         done = call_script(*words(here, command.replace("{world}", shlex.quote(str(DATA)))))
