@@ -1,4 +1,4 @@
-"""What several test files share: a small pocket world, pocket BLIP, and runs of train.py."""
+"""What test files share: a small pocket world, pocket BLIP, and a run of train.py."""
 
 import os
 import runpy
@@ -40,7 +40,7 @@ class Finished:
 
     @property
     def message(self):
-        """The last line on stderr."""
+        """The last line of stderr."""
         lines = self.err.splitlines()
         assert "Traceback" not in self.err, self.err
         return lines[-1] if lines else ""
