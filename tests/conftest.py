@@ -47,7 +47,7 @@ class Finished:
 
 
 def run_script(*arguments, cwd, **environment):
-    """python SCRIPT ARGUMENTS, as a user runs it, in the folder `cwd`."""
+    """python SCRIPT ARGUMENTS, as a user runs it, in `cwd`."""
     command = [sys.executable, str(ROOT / str(arguments[0])), *map(str, arguments[1:])]
     done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True,
                           text=True, timeout=900)
@@ -85,7 +85,7 @@ def call_script(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory):
-    """The pocket world at a fiftieth of its size, the benchmarks included."""
+    """The pocket world and its benchmarks at a fiftieth of their size."""
     out = tmp_path_factory.mktemp("small") / "world"
     world.write(out, seed=0, scale=0.02, workers=1)
     return out
