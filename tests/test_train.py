@@ -42,22 +42,19 @@ def test_presets_are_the_papers_and_can_be_overridden():
 
 
 @pytest.mark.parametrize("options, named", [
-    ("--epoch 3", "--epoch"), ("stray", "stray"), ("--encoder resnet", "--encoder"),
-    ("--lr 0", "--lr"), ("--lr nan", "--lr"), ("--lr fast", "--lr"), ("--crop 0", "--crop"),
-    ("--crop 1.5", "--crop"), ("--epochs 0", "--epochs"), ("--batch 1", "--batch"),
-    ("--tokens 0", "--tokens"), ("--save-every 0", "--save-every"), ("--threads -1", "--threads"),
-    ("--workers -2", "--workers"), ("--weight-decay -1", "--weight-decay"),
-    ("--lar-weight -1", "--lar-weight"), ("--query-size 0", "--query-size"),
-    ("--shuffle-buffer 0", "--shuffle-buffer"), ("--randaugment -1", "--randaugment"),
-    ("--randaugment 31", "--randaugment"), ("--seed -1", "--seed"), (f"--seed {2**32}", "--seed"),
-    ("--mapper mlp", "--tokens 1"), ("--device abacus", "--device"),
-    ("--preset paper", "--blip"), ("--preset paper --blip x", "--images"),
+    ("stray", "stray"), ("--mapper mlp", "--tokens 1"), ("--preset paper", "--blip"),
+    ("--preset paper --blip x", "--images"), *((wrong, wrong.split()[0]) for wrong in (
+        "--epoch 3", "--encoder resnet", "--lr 0", "--lr nan", "--lr fast", "--crop 0",
+        "--crop 1.5", "--epochs 0", "--batch 1", "--tokens 0", "--save-every 0", "--threads -1",
+        "--workers -2", "--weight-decay -1", "--lar-weight -1", "--query-size 0",
+        "--shuffle-buffer 0", "--randaugment -1", "--randaugment 31", "--seed -1",
+        f"--seed {2**32}", "--device abacus")),
 ])
 def test_wrong_options_are_usage_errors(options, named, capsys):
     with pytest.raises(SystemExit) as stop:
         train.parse_args(options.split())
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "error:" in lines[-1] and named in lines[-1]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "error:" in last and named in last
 
 
 # ---------------------------------------------------------------------- whole runs
@@ -92,12 +89,9 @@ def log(run):
     return [{name: x for name, x in row.items() if name != "images_per_s"} for row in rows]
 
 
-def test_a_run_writes_its_checkpoints_and_its_log(trained):
-    assert {path.name for path in trained.run.iterdir()} == {"isa.pt", "last.pt", "log.jsonl"}
-    assert "batch=40" in trained.printed.out and "seed=0" in trained.printed.out
-    (row,) = map(json.loads, trained.log.read_text().splitlines())
-    assert [*row] == ["step", "images_per_s", "loss", "gcd", "lar", "matched"]
-    assert row["step"] == 4
+def test_a_run_prints_its_settings_and_what_it_wrote(trained):
+    out = trained.printed.out
+    assert "batch=40" in out and "seed=0" in out and "wrote runs/tiny/isa.pt" in out
 
 
 VARIANTS = {

@@ -83,24 +83,22 @@ def reshape(checkpoint):
     checkpoint["query_model"]["mapper.W_p.bias"] = torch.zeros(3)
 
 
-OTHER = "was written by another version of this program; train again, with --overwrite or another"
+OTHER = "was written by another version of this program; train again, with --overwrite or"
 SPOILT = {
-    "no optimizer": (without("optimizer"), OTHER), "no step": (without("step"), OTHER),
-    "no count": (without("images"), OTHER), "an option less": (without("settings", "lr"), OTHER),
-    "a tensor less": (without("query_model", "mapper.W_p.bias"), OTHER),
-    "another shape": (reshape, OTHER), "no groups": (without("optimizer", "param_groups"), OTHER),
-    "no weights": (without("query_model"), "is damaged or was not written by train.py"),
+    "no optimizer": without("optimizer"), "no step": without("step"), "no count": without("images"),
+    "an option less": without("settings", "lr"), "another shape": reshape,
+    "a tensor less": without("query_model", "mapper.W_p.bias"),
+    "no groups": without("optimizer", "param_groups"),
 }
 
 
 @pytest.mark.parametrize("how", SPOILT)
 def test_resuming_from_another_version_is_refused(saved, pocket_blip, how):
     run, settings, model, optimizer = saved
-    spoil, said = SPOILT[how]
     checkpoint = torch.load(run / "last.pt", weights_only=True)
-    spoil(checkpoint)
+    SPOILT[how](checkpoint)
     torch.save(checkpoint, run / "last.pt")
-    with pytest.raises(ValueError, match=f"{run}/last.pt: {said}"):
+    with pytest.raises(ValueError, match=f"{run}/last.pt: {OTHER}"):
         resume_run(run, settings, pocket_blip, 24, model, optimizer)
 
 
