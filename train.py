@@ -121,7 +121,7 @@ def prepare(args):
                          f"a multiple of {processes}")
     blip, settings["precision"] = open_blip(settings, round_weights=False)
     if begun and args.resume and args.precision == "auto":  # this machine may be another one
-        settings["precision"] = read_checkpoint(run / "last.pt")["settings"]["precision"]
+        settings["precision"] = read_checkpoint(run / "last.pt")["settings"].get("precision")
     torch.manual_seed(args.seed)
     query_model = build_query_model(settings, blip, args.pretrained).to(settings["device"]).train()
     round_frozen_weights(blip, settings["precision"])  # now that blip-tuned has its copy
@@ -145,9 +145,8 @@ def train(args):
 
     parameters = [p for p in query_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
-    state, first = (settings, blip, data.count, query_model, optimizer), 0
-    if args.resume and (run / "last.pt").exists():
-        first = resume_run(run, *state)
+    state = settings, blip, data.count, query_model, optimizer
+    first = resume_run(run, *state) if args.resume and (run / "last.pt").exists() else 0
     speak = torch.compile(query_model) if args.compile else query_model
     if processes > 1:  # averages gradients; batch-norm statistics stay each process's own
         speak = DistributedDataParallel(speak, [device] if device.type == "cuda" else None)
@@ -213,8 +212,8 @@ def train(args):
 
 def interrupted(args):
     last = Path("runs") / args.name / "last.pt"
-    kept = f"--resume continues from {last}" if last.exists() else "no checkpoint was written"
-    return f"interrupted; {kept}"
+    return "interrupted; " + (f"--resume continues from {last}" if last.exists() else
+                              "no checkpoint was written; stored features are kept")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def join_processes(device):
     """
     if "WORLD_SIZE" not in os.environ:
         return device
-    if device == "cuda":
+    if torch.device(device).type == "cuda":
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= count:
             raise ValueError(f"more processes than GPUs here ({count}); lower --nproc_per_node")

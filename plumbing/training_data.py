@@ -87,10 +87,9 @@ class TrainingData:
     def from_step(self, first):
         """Yield pixels [b, 3, S, S], v [b, E], F_v [b, 1+N, D] for each step from `first` on.
 
-        b = batch / processes. All float32, on BLIP's device; F_v is None where neither LAR nor a
-        stored map needs it, and both are None if the query side encodes the gallery itself. Damaged
-        images are reported, counted and replaced by their neighbours; raises ValueError for more
-        than 1 %.
+        b = batch / processes. All float32, on BLIP's device; F_v is None if LAR does not need it,
+        and so is v if the query side encodes the gallery itself. Damaged images are reported,
+        counted and replaced by their neighbours; raises ValueError for more than 1 %.
         """
         s, device, (rank, processes) = self.settings, self.blip.temp.device, process()
         order = batches(self.count, self.bad, self.batch, s["seed"], first, self.steps,
@@ -116,6 +115,7 @@ class TrainingData:
             if blip_pixels is not None:
                 with torch.no_grad(), autocast(device, s["precision"]):
                     v, F_v = self.blip.encode_image(blip_pixels, cls_only=not self.needs_maps)
+                F_v = F_v if self.needs_maps else None
             yield pixels, *(x if x is None else x.float() for x in (v, F_v))
 
 

@@ -111,8 +111,7 @@ def save_run(run, step, settings, blip, images, query_model, optimizer):
 def resume_run(run, settings, blip, images, query_model, optimizer):
     """Load last.pt of the folder `run` into the model and the optimizer -> the next step.
 
-    isa.pt is written again from it, since a kill may have come between the two files. Raises
-    ValueError if the settings, the BLIP or the number of images differ.
+    Raises ValueError if the settings (but for MAY_CHANGE), the BLIP or the number of images differ.
     """
     path = run / "last.pt"
     checkpoint = read_checkpoint(path)
