@@ -22,10 +22,10 @@ from .weights import IMAGENET_STATISTICS, imagenet_weights, load_weights, read_w
 
 
 class PocketNet(nn.Module):
-    """For the pocket world: pixels [B, 3, 64, 64] -> F^LE [B, 96, 8, 8], 0.29 M parameters.
+    """For the pocket world: pixels [B, 3, 64, 64] -> F^LE [B, 96, 8, 8], 0.28 M parameters.
 
-    Full convolutions: the depthwise ones of the phone networks save products but, on a CPU in
-    PyTorch, take nearly twice as long. BLIP's normalization, so one preprocessing serves both.
+    Full convolutions: the phone networks' depthwise ones save products but, on a CPU in PyTorch,
+    take nearly twice as long. BLIP's normalization, so that both sides share one preprocessing.
     """
 
     out_channels, normalization = 96, (MEAN, STD)

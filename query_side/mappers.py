@@ -1,4 +1,4 @@
-"""What stands in ISA's place in comparisons: mappers to one word, and a model for both sides."""
+"""Alternatives that the paper tries: mappers to a single word, and one encoder for both sides."""
 
 import copy
 
