@@ -379,7 +379,7 @@ def test_blip_map_is_the_patch_tokens_in_their_places(blip, name):
 def test_blip_feature_is_v(blip):
     encoder = query_side.build("blip-v", blip=blip)
     x = pixels(48, 2)
-    assert encoder.out_channels == 32
+    assert encoder.out_channels == 32 and not encoder.state_dict()
     torch.testing.assert_close(encoder(x), blip.encode_image(x)[0].view(2, 32, 1, 1))
 
 
@@ -410,7 +410,7 @@ def test_blip_needs_a_blip_of_its_size_and_nothing_else(blip):
         query_side.build("blip", blip=blip, image_size=64)
 
 
-# ------------------------------------------------------------------------------ names, sizes, photos
+# ------------------------------------------------------------------------------ names and sizes
 
 
 @pytest.mark.parametrize("name", ["resnet50", "EfficientNet_B0", "", None])
