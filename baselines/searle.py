@@ -1,22 +1,16 @@
-"""What the paper compares ISA with (section 4): the three simple baselines, Pic2Word and SEARLE; and "LLM TR", a loss of Table 8.
+"""SEARLE (Baldrati et al., ICCV 2023) on BLIP, in its two stages.
 
-    python train.py --encoder blip-v --mapper mlp --tokens 1 --loss gcd --name pic2word         # Pic2Word
-    python baselines.py searle                                                                  # SEARLE, about 10 minutes
-    python evaluate.py table --pic2word runs/pic2word/isa.pt --searle runs/searle/isa.pt
+    python -m baselines.searle            # the pocket world; writes runs/searle/isa.pt
 
-All of them query with the frozen BLIP's own image feature v, so they are symmetric: nothing runs on a phone. As the paper does, we
-put Pic2Word (Saito et al., CVPR 2023) and SEARLE (Baldrati et al., ICCV 2023), which were made for CLIP, on BLIP. Figures that
-are said to be SEARLE's or Pic2Word's are the defaults of the code that their authors published (miccunifi/SEARLE,
-google-research/composed_image_retrieval).
-
-    B, M images    E BLIP's joint embedding    d_w BLIP's word width    L tokens    C concepts    k of them for an image
+First inversion: for each of some images an optimizer seeks the word that BLIP takes for the image.
+Then distillation: a network phi learns to give such words at once, from the image's feature v.
 """
 
-import argparse
 import hashlib
 import json
 import math
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -24,50 +18,46 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import blip_lite
 import isa
 import query_side
-from baselines.text_regularization import TextRegularization, read_sentences
 from plumbing.command import run_command
 from plumbing.features import image_features
 from plumbing.files import check_folder, replacing
 from plumbing.images import find_images
-from plumbing.options import check_options
-from plumbing.precision import autocast, keep_freed_memory, pick_precision, round_frozen_weights
+from plumbing.options import add_shared_options, check_options
+from plumbing.precision import autocast, open_blip
 from pocket import world
-from query_side.mappers import Phi
 
-PROMPT = "a photo of"
-
+from .text_regularization import TextRegularization, read_sentences
 
 POCKET_IMAGES = "data/pocket/train"
+INVERTED_TOGETHER = 250  # images; also how many words a cached file holds
 
 
-CHUNK = 250  # images that are inverted together and then stored
+def invert(blip, v, regularize, steps=150, lr=2e-2, precision="fp32", numbers=None, seed=0):
+    """Optimization-based textual inversion, OTI (SEARLE, section 3): one word for each image.
 
+    v [M, E], unit norm -> words [M, 1, d_w]. AdamW moves each word from N(0, 0.02^2) to lower
+    (1 - cosine(text feature of "a photo of [word]", v)) + 0.5 * regularize; the result is the
+    word's exponential moving average over the steps.
 
-def invert(blip, v, regularize, steps=150, lr=2e-2, weight=0.5, weight_decay=0.01, precision="fp32", numbers=None, seed=0):
-    """Optimization-based textual inversion, OTI (SEARLE, section 3): for each image the word that says it best.
-
-    v [M, E], unit norm -> words [M, 1, d_w]. Each image has a free word, at first drawn from N(0, 0.02^2), that AdamW moves so
-    that (1 - cosine(text feature of "a photo of [word]", v)) + weight * regularize becomes small; what comes back is the
-    exponential moving average of the word over the steps. SEARLE: 350 steps, lr 2e-2, weight 0.5, weight decay 0.01, decay 0.99
-    of the average, and one of 24 templates at each step; here ISA's prompt alone, since pocket BLIP has seen no other. With fewer
-    steps the average spans the same share of them: its decay is 1 - 3.5 / steps. In the pocket world (128 images, sought among 512)
-    50, 100, 150, 200 and 350 steps give a cosine of 0.88, 0.91, 0.925, 0.93 and 0.94; from 150 on every word finds its own image.
-
-    Images do not touch each other: image i draws from a generator of its own, seeded by (seed, numbers[i]); numbers defaults to
-    0 .. M-1. So how they are batched changes no more than rounding.
+    SEARLE runs 350 steps with a decay of 0.99, here scaled to the number of steps, and draws one of
+    24 prompts at each; pocket BLIP knows one. In the pocket world 50, 100, 150, 200 and 350 steps
+    reach a cosine of 0.88, 0.91, 0.925, 0.93 and 0.94; from 150 on each of 128 words finds its
+    image among 512. Image i draws from its own generator, seeded by (seed, numbers[i]), where
+    numbers is 0 .. M-1 by default: batching changes no more than rounding.
     """
-    start, random = draw_for_images(range(len(v)) if numbers is None else numbers, steps, blip.word_dim, seed)
-    words = start.to(v.device).requires_grad_()  # [M, 1, d_w]
-    average, random = words.detach().clone(), random.to(v.device)
-    optimizer = torch.optim.AdamW([words], lr=lr, weight_decay=weight_decay)
+    numbers = range(len(v)) if numbers is None else numbers
+    drawn = draw_for_images(numbers, steps, blip.word_dim, seed)
+    words, random = (x.to(v.device) for x in drawn)  # [M, 1, d_w], [M, steps, 2]
+    average = words.clone()
+    optimizer = torch.optim.AdamW([words.requires_grad_()], lr=lr, weight_decay=0.01)
     for step in range(steps):
         with autocast(v.device, precision):
-            t = blip.encode_text(*isa.compose_query(blip, words, prompt=PROMPT))  # [M, E]
+            t = blip.encode_text(*isa.compose_query(blip, words))  # [M, E]
             other = regularize(words, v, random[:, step])
-        loss = (1 - (t * v).sum(dim=1)).sum() + weight * len(v) * other  # a sum: an image's gradient does not depend on M
+        # a sum over images: the gradient of one does not depend on M
+        loss = (1 - (t * v).sum(dim=1)).sum() + 0.5 * len(v) * other
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -76,7 +66,7 @@ def invert(blip, v, regularize, steps=150, lr=2e-2, weight=0.5, weight_decay=0.0
 
 
 def draw_for_images(numbers, steps, word_dim, seed):
-    """For each image its first word and its choices of concept and sentence -> [M, 1, d_w], [M, steps, 2]."""
+    """First words [M, 1, d_w], and random numbers [M, steps, 2] for concepts and sentences."""
     words, random = [], []
     for number in numbers:
         generator = torch.Generator().manual_seed(hash((seed, int(number))))
@@ -86,9 +76,9 @@ def draw_for_images(numbers, steps, word_dim, seed):
 
 
 def distillation_loss(words, predicted, temperature=0.25):
-    """SEARLE's L_distil (section 3): symmetric, and the negatives come from both sides.
+    """SEARLE's L_distil (section 3): words and predicted [B, d_w] -> scalar.
 
-    words and predicted [B, d_w] -> scalar. Of the 2B normalized vectors each has to find its partner among the 2B - 1 others.
+    Each of the 2B normalized vectors has to find its partner among the 2B - 1 others.
     """
     both = F.normalize(torch.cat([words, predicted]).float(), dim=1)  # [2B, d_w]
     logits = (both @ both.T / temperature).fill_diagonal_(-math.inf)  # [2B, 2B]
@@ -96,28 +86,27 @@ def distillation_loss(words, predicted, temperature=0.25):
     return F.cross_entropy(logits, partner)
 
 
-def distill(blip, phi, v, words, regularize, epochs=100, batch=256, lr=1e-4, weight=0.75, weight_decay=0.01, temperature=0.25,
-            precision="fp32"):  # fmt: skip
-    """Train phi in place to say of v [M, E] what inversion found, words [M, 1, d_w]: L_distil + weight * regularize.
+def distill(phi, v, words, regularize, epochs=100, batch=256, lr=1e-4, weight=0.75,
+            precision="fp32"):
+    """Train phi in place to map v [M, E] to words [M, 1, d_w]: L_distil + weight * regularize.
 
-    SEARLE: AdamW at a constant lr of 1e-4, 100 epochs of batches of 256, weight 0.75, weight decay 0.01, temperature 0.25. With
-    3,000 images of the pocket world lr 1e-3 is better (R@1 on its CIRR's validation set 47 against 36; 45 after 30 epochs).
-    Order, dropout and sentences come from torch's global generator. Returns the mean loss of each epoch; leaves phi in eval
-    mode. Raises ValueError for a loss that is not finite.
+    The defaults are SEARLE's. With 3,000 images of the pocket world lr 1e-3 is better: R@1 on its
+    CIRR validation set is 47, not 36 (45 after 30 epochs). Order, dropout and sentences come from
+    torch's global generator. Returns each epoch's mean loss and leaves phi in eval mode. Raises
+    ValueError if a loss is not finite.
     """
-    optimizer = torch.optim.AdamW(phi.parameters(), lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(phi.parameters(), lr=lr, weight_decay=0.01)
     phi.train()
     losses = []
-    bar = tqdm(range(epochs), desc="distilling", unit="epoch", disable=None)
-    for _ in bar:
-        order, total = torch.randperm(len(v)).to(v.device), 0.0
-        parts = order.split(batch)
-        parts = parts[:-1] if len(parts) > 1 and len(parts[-1]) < batch else parts  # few images have few negatives
+    for _ in (bar := tqdm(range(epochs), "distilling", unit="epoch", disable=None)):
+        parts = torch.randperm(len(v)).to(v.device).split(batch)
+        parts = [rows for rows in parts if len(rows) == batch] or parts  # a rest has few negatives
+        total = 0.0
         for rows in parts:
             with autocast(v.device, precision):
                 U = phi(v[rows, :, None, None])  # [B, 1, d_w]
                 other = regularize(U, v[rows])
-            loss = distillation_loss(words[rows, 0], U[:, 0], temperature) + weight * other
+            loss = distillation_loss(words[rows, 0], U[:, 0]) + weight * other
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -130,12 +119,12 @@ def distill(blip, phi, v, words, regularize, epochs=100, batch=256, lr=1e-4, wei
     return losses
 
 
-def invert_in_chunks(blip, v, numbers, regularize, folder, **options):
-    """invert, CHUNK images at a time, each kept in `folder`: what is there already is read. -> words [M, 1, d_w]."""
+def invert_in_parts(blip, v, numbers, regularize, folder, **options):
+    """invert, some images at a time; each part is kept in `folder` and read if it is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = []
-    for start in tqdm(range(0, len(v), CHUNK), desc="inverting", unit=f"x{CHUNK} img", disable=None):
-        path, part = folder / f"{start:08d}.pt", slice(start, start + CHUNK)
+    words, size = [], INVERTED_TOGETHER
+    for start in tqdm(range(0, len(v), size), "inverting", unit=f"x{size} img", disable=None):
+        path, part = folder / f"{start:08d}.pt", slice(start, start + size)
         if not path.exists():
             found = invert(blip, v[part], regularize, numbers=numbers[part], **options).cpu()
             with replacing(path) as file:
@@ -144,80 +133,77 @@ def invert_in_chunks(blip, v, numbers, regularize, folder, **options):
             words.append(torch.load(path, weights_only=True))
         except Exception:  # torch.load reports damaged files in many ways
             raise ValueError(f"{path}: is damaged; delete it, it is then computed again") from None
-    return torch.cat(words).to(v.device)
+    return torch.cat(words).to(v.device)  # [M, 1, d_w]
 
 
-def choose_images(args, blip, precision):
-    """--count images of --images: their numbers [M] and v [M, E], from the features that `train.py --loss gcd` stores too."""
-    if args.images == POCKET_IMAGES:
-        world.ensure(Path(args.images).parent)
-    images = find_images(args.images, args.cache_dir)
-    features = image_features(blip, images, args.cache_dir, skip_bad=True, precision=precision, what="training images")
+def choose_images(settings, blip, precision):
+    """Draw --count of the images -> their numbers in the folder [M], their features v [M, E]."""
+    if settings["images"] == POCKET_IMAGES:
+        world.ensure(Path(POCKET_IMAGES).parent)
+    images = find_images(settings["images"], settings["cache_dir"])
+    features = image_features(blip, images, settings["cache_dir"], skip_bad=True,
+                              precision=precision, what="training images")
     for why in list(features.bad.values())[:10]:
         print(f"left out: {why}", file=sys.stderr)
     if len(features.bad) > 0.01 * len(images):
-        raise ValueError(f"{len(features.bad)} of {len(images)} images in {args.images} are damaged; mend or remove them")
+        raise ValueError(f"{len(features.bad)} of {len(images)} images in {settings['images']} are "
+                         "damaged; fix or remove them")
     sound = np.setdiff1d(np.arange(len(images)), list(features.bad))
-    numbers = np.sort(np.random.default_rng(args.seed).permutation(sound)[: args.count])
-    return numbers, torch.from_numpy(features.v[numbers]).float().to(args.device)
+    shuffled = np.random.default_rng(settings["seed"]).permutation(sound)
+    numbers = np.sort(shuffled[: settings["count"]])
+    return numbers, torch.from_numpy(features.v[numbers]).float().to(settings["device"])
 
 
 def searle(args):
     """Invert --count images, train phi on their words, write runs/NAME/isa.pt."""
-    run = Path("runs") / args.name
-    if (run / "isa.pt").exists() and not args.overwrite:
-        raise ValueError(f"{run} already holds a training; replace it with --overwrite or give another --name")
-    check_folder(run)
-    made = read_sentences(args.sentences)  # now: an error should not wait for the features
-    keep_freed_memory()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    blip = blip_lite.load(args.blip, vocab=args.vocab, image_size=args.image_size, device=args.device)
-    precision = pick_precision(args.device) if args.precision == "auto" else args.precision
-    round_frozen_weights(blip, precision)
-    settings = {**vars(args), "precision": precision, "encoder": "blip-v", "mapper": "phi", "tokens": 1, "prompt": PROMPT,
-                "gallery": "blip", "query_size": None}  # fmt: skip
+    path, seed = Path("runs") / args.name / "isa.pt", args.seed
+    if path.exists() and not args.overwrite:
+        raise ValueError(f"{path.parent} already holds a training; replace it with --overwrite or "
+                         "give another --name")
+    check_folder(path.parent)
+    by_concept = read_sentences(args.sentences)  # now: an error should not wait for the features
+    blip, precision = open_blip(vars(args))
+    settings = {**vars(args), "precision": precision, "encoder": "blip-v", "mapper": "phi",
+                "tokens": 1, "prompt": "a photo of", "gallery": "blip", "query_size": None}
     print(" ".join(f"{k}={v}" for k, v in settings.items()))
 
-    numbers, v = choose_images(args, blip, precision)
-    regularize = TextRegularization(blip, made, args.concepts, precision)
-    what = json.dumps([blip.fingerprint, precision, args.seed, args.steps, args.concepts, made, numbers.tolist()])
-    key = hashlib.sha256(what.encode() + v.cpu().numpy().tobytes()).hexdigest()  # of all that a word depends on
-    folder = Path(args.cache_dir) / f"words-{key[:16]}"
-    words = invert_in_chunks(blip, v, numbers, regularize, folder, steps=args.steps, precision=precision, seed=args.seed)
+    numbers, v = choose_images(settings, blip, precision)
+    regularize = TextRegularization(blip, by_concept, args.concepts, precision)
+    # Everything that a word depends on
+    key = json.dumps([blip.fingerprint, precision, seed, args.steps, args.concepts, by_concept,
+                      numbers.tolist()])
+    key = hashlib.sha256(key.encode() + v.cpu().numpy().tobytes()).hexdigest()[:16]
+    words = invert_in_parts(blip, v, numbers, regularize, Path(args.cache_dir) / f"words-{key}",
+                            steps=args.steps, precision=precision, seed=seed)
 
-    torch.manual_seed(args.seed)
-    encoder = query_side.build("blip-v", None, blip)
-    phi = Phi(encoder.out_channels, blip.word_dim).to(args.device)
-    losses = distill(blip, phi, v, words, regularize, args.epochs, lr=args.lr, precision=precision)
+    torch.manual_seed(seed)
+    model = query_side.build_query_model(settings, blip).to(args.device)
+    losses = distill(model.mapper, v, words, regularize, args.epochs, lr=args.lr,
+                     precision=precision)
     print(f"loss {losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in the last")
-    run.mkdir(parents=True, exist_ok=True)
-    state = isa.QueryModel(encoder, phi).state_dict()
-    with replacing(run / "isa.pt") as file:
-        torch.save({"query_model": state, "settings": settings, "blip": blip.fingerprint, "images": len(v)}, file)
-    print(f"wrote {run}/isa.pt; now: python evaluate.py table --searle {run}/isa.pt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        torch.save({"query_model": model.state_dict(), "settings": settings,
+                    "blip": blip.fingerprint, "images": len(v)}, file)
+    print(f"wrote {path}; now: python evaluate.py table --searle {path}")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="python -m baselines.searle", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--blip", default="pocket", help='"pocket", a Salesforce .pth, or a Hugging Face folder or file')
-    p.add_argument("--vocab", help="BERT's vocab.txt, where it does not lie beside the checkpoint")
-    p.add_argument("--image-size", type=int, help="side in pixels that BLIP sees (None: the checkpoint's)")
-    p.add_argument("--images", default=POCKET_IMAGES, help="folder of images and of .tar shards; only pixels are read")
-    p.add_argument("--count", type=int, default=3000, help="images to invert, drawn by --seed; SEARLE: 100,000 (ImageNet test)")
-    p.add_argument("--sentences", default="pocket/sentences.json", help="JSON, concept -> list of sentences made by an LLM")
-    p.add_argument("--concepts", type=int, default=3, help="concepts that an image is given; more where the list is longer")
-    p.add_argument("--steps", type=int, default=150, help="of inversion; SEARLE: 350, for 2 %% more cosine here")
-    p.add_argument("--epochs", type=int, default=100, help="of distillation; SEARLE: 100")
-    p.add_argument("--lr", type=float, default=1e-3, help="of distillation; SEARLE: 1e-4, too low for few images")
-    p.add_argument("--seed", type=int, default=0, help="images, words, sentences, weights, order")
-    p.add_argument("--name", default="searle", help="the run's folder is runs/NAME")
-    p.add_argument("--overwrite", action="store_true", help="start anew although runs/NAME holds a training")
-    p.add_argument("--cache-dir", default="cache", help="folder for features and inverted words")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is faster here")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads (0 = all); 1 where several trainings share a machine")
+    p = ArgumentParser("python -m baselines.searle", description=__doc__, allow_abbrev=False,
+                       formatter_class=RawDescriptionHelpFormatter)
+    add_shared_options(p, "--blip", "--vocab", "--image-size", "--cache-dir", "--device",
+                       "--precision", "--threads")
+    add = p.add_argument
+    add("--images", default=POCKET_IMAGES, help="folder of images and .tar shards; pixels only")
+    add("--count", type=int, default=3000, help="images to invert; SEARLE: 100,000 of ImageNet")
+    add("--sentences", default="pocket/sentences.json", help="JSON of {concept: [sentences]}")
+    add("--concepts", type=int, default=3, help="concepts of an image; more if the list is longer")
+    add("--steps", type=int, default=150, help="of inversion; SEARLE: 350, for 2 %% more cosine")
+    add("--epochs", type=int, default=100, help="of distillation; SEARLE: 100")
+    add("--lr", type=float, default=1e-3, help="of distillation; SEARLE: 1e-4, for more images")
+    add("--seed", type=int, default=0, help="images, words, sentences, weights, order")
+    add("--name", default="searle", help="the run's folder is runs/NAME")
+    add("--overwrite", action="store_true", help="start again although runs/NAME holds a run")
     args = p.parse_args(argv)
     check_options(p, args, count=2, concepts=1, steps=1, epochs=1, seed=0, threads=0)
     if args.lr <= 0:
@@ -226,4 +212,5 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_command("baselines.searle", searle, parse_args(), "interrupted; the same command continues with the images that are not inverted yet, and distils from the start")
+    run_command("baselines.searle", searle, parse_args(), "interrupted; the same command inverts "
+                "the images that are left, and distils from the start")

@@ -1,19 +1,22 @@
-"""The simple baselines: query features q [B, E] of unit norm."""
+"""The three simple baselines: query features q [B, E] of unit norm, with no training at all.
+
+blip is the frozen BLIP, v [B, E] its features of the reference images, modifiers a list of B texts.
+"""
 
 import torch.nn.functional as F
 
 
 def image_only(blip, v, modifiers):
-    """v [B, E] as it is; the modifiers are not read."""
+    """q = v: retrieves what looks like the reference image."""
     return v
 
 
 def text_only(blip, v, modifiers):
-    """B modifiers -> BLIP's text features [B, E]; the images are not looked at."""
-    ids, mask = blip.tokenize(list(modifiers))
+    """q = t: retrieves what the modifier says; v may be None."""
+    ids, mask = blip.tokenize(list(modifiers))  # [B, T], [B, T]
     return blip.encode_text(blip.embed_words(ids), mask)
 
 
 def image_plus_text(blip, v, modifiers, image_weight=1.0):
-    """normalize(w v + t) [B, E]: the paper's sum for w = 1; less weight on the image (0.5) makes a stronger baseline."""
+    """q = normalize(w v + t). The paper's sum has w = 1; w = 0.5 is a stronger baseline."""
     return F.normalize(image_weight * v + text_only(blip, v, modifiers), dim=-1)

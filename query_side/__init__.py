@@ -1,6 +1,14 @@
-"""What runs on the phone: light encoders, mapping networks, and the query model's checkpoint."""
+"""What runs on the phone: a light encoder and a mapper, together the query model.
 
-from .efficientvit import CascadedGroupAttention, EfficientViT, SqueezeExcite, WindowAttention
+    encoder = query_side.build("efficientnet_b2", pretrained="imagenet")
+    feature_map = encoder(query_side.preprocess(encoder, pil)[None])  # [1, 1408, 7, 7]
+    learner = isa.AdaptiveTokenLearner(encoder.out_channels, blip.word_dim)
+    query_model = isa.QueryModel(encoder, learner)
+    query_model, settings = query_side.load_query_model("runs/pocket/isa.pt", blip)  # once trained
+
+encoders.py builds networks, query_model.py saves and loads whole query models.
+"""
+
 from .encoders import (
     NAMES,
     BlipEncoder,
@@ -11,7 +19,6 @@ from .encoders import (
     build,
     preprocess,
 )
+from .layers import DepthwiseConv2d
 from .mappers import MLP, Phi, TwoSidedModel
-from .mobilevitv2 import LinearTransformerLayer, MobileViTBlock, MobileViTV2, SeparableSelfAttention
 from .query_model import MAPPERS, MAY_CHANGE, build_query_model, load_query_model, read_checkpoint
-from .weights import IMAGENET, load_weights, resize_biases

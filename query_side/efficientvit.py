@@ -1,4 +1,4 @@
-"""EfficientViT-M2 (Liu et al., CVPR 2023), with the names of timm."""
+"""EfficientViT-M2 (Liu et al., CVPR 2023); modules are named as in timm's `efficientvit_m2`."""
 
 import math
 
@@ -6,34 +6,36 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from query_side.weights import IMAGENET, conv_norm, named
+from .layers import conv_norm, named
+from .weights import IMAGENET_STATISTICS
+
+KEY_WIDTH = 16  # channels of a head's queries and keys
 
 
 class EfficientViT(nn.Module):
-    """EfficientViT-M2 (Liu et al., CVPR 2023): pixels [B, 3, 224, 224] -> F^LE [B, 224, 4, 4], 3.96 M parameters.
+    """Pixels [B, 3, 224, 224] -> F^LE [B, 224, 4, 4], 3.96 M parameters.
 
-    Modules are named as in timm's `efficientvit_m2`, so that its state dict fits. image_size settles the sides of the
-    windows of attention, and with them the number of attention biases; the network then takes pixels of other sizes too.
+    image_size sets the sides of the attention windows, and so the number of attention biases; the
+    network then takes pixels of other sizes too.
     """
 
-    out_channels, normalization = 224, IMAGENET
+    out_channels, normalization = 224, IMAGENET_STATISTICS
 
     def __init__(self, image_size=224):
         super().__init__()
         self.image_size = image_size
         self.patch_embed = named(  # "overlapping": kernels of 3 with strides of 2
-            conv1=conv_norm(3, 16, kernel_size=3, stride=2, act=nn.ReLU),
-            conv2=conv_norm(16, 32, kernel_size=3, stride=2, act=nn.ReLU),
-            conv3=conv_norm(32, 64, kernel_size=3, stride=2, act=nn.ReLU),
-            conv4=conv_norm(64, 128, kernel_size=3, stride=2),
+            conv1=conv_norm(3, 16, 3, stride=2, act=nn.ReLU),
+            conv2=conv_norm(16, 32, 3, stride=2, act=nn.ReLU),
+            conv3=conv_norm(32, 64, 3, stride=2, act=nn.ReLU),
+            conv4=conv_norm(64, 128, 3, stride=2),
         )
-        side = image_size // 16
-        stage1 = named(blocks=sandwiches(128, depth=1, heads=4, side=side))
-        side = (side + 1) // 2
-        stage2 = named(downsample=subsample(128, 192), blocks=sandwiches(192, depth=2, heads=3, side=side))
-        side = (side + 1) // 2
-        stage3 = named(downsample=subsample(192, 224), blocks=sandwiches(224, depth=3, heads=2, side=side))
-        self.stages = nn.Sequential(stage1, stage2, stage3)
+        sides = [math.ceil(image_size // 16 / stride) for stride in (1, 2, 4)]  # of the maps
+        self.stages = nn.Sequential(
+            named(blocks=sandwiches(128, depth=1, heads=4, side=sides[0])),
+            named(downsample=subsample(128, 192), blocks=sandwiches(192, 2, 3, sides[1])),
+            named(downsample=subsample(192, 224), blocks=sandwiches(224, 3, 2, sides[2])),
+        )
 
     def forward(self, pixels):
         x = self.patch_embed(pixels)  # [B, 128, 14, 14]
@@ -41,46 +43,41 @@ class EfficientViT(nn.Module):
 
 
 def sandwiches(width, depth, heads, side):
-    """`depth` blocks of the sandwich layout (Eq. 1): FFN, attention, FFN, each FFN after a depthwise token interaction."""
+    """`depth` sandwich blocks (Eq. 1): attention between FFNs, each after a token interaction."""
     return nn.Sequential(*(
-        named(
-            dw0=Residual(conv_norm(width, width, kernel_size=3, depthwise=True)),
-            ffn0=Residual(feed_forward(width)),
-            mixer=Residual(WindowAttention(width, heads, side)),
-            dw1=Residual(conv_norm(width, width, kernel_size=3, depthwise=True)),
-            ffn1=Residual(feed_forward(width)),
-        )
+        named(dw0=interaction(width), ffn0=feed_forward(width),
+              mixer=Residual(WindowAttention(width, heads, side)),
+              dw1=interaction(width), ffn1=feed_forward(width))
         for _ in range(depth)
-    ))  # fmt: skip
+    ))
 
 
 def subsample(width, out_width):
-    """[B, width, H, W] -> [B, out_width, H/2, W/2]: an inverted residual with squeeze-and-excitation in a sandwich of FFNs."""
+    """[B, width, H, W] -> [B, out_width, H/2, W/2]: an inverted residual between two FFNs."""
     hidden = 4 * width
     return named(
-        res1=nn.Sequential(
-            Residual(conv_norm(width, width, kernel_size=3, depthwise=True)),
-            Residual(feed_forward(width)),
-        ),
+        res1=nn.Sequential(interaction(width), feed_forward(width)),
         patchmerge=named(
             conv1=conv_norm(width, hidden, act=nn.ReLU),
-            conv2=conv_norm(hidden, hidden, kernel_size=3, stride=2, depthwise=True, act=nn.ReLU),
+            conv2=conv_norm(hidden, hidden, 3, stride=2, depthwise=True, act=nn.ReLU),
             se=SqueezeExcite(hidden),
             conv3=conv_norm(hidden, out_width),
         ),
-        res2=nn.Sequential(
-            Residual(conv_norm(out_width, out_width, kernel_size=3, depthwise=True)),
-            Residual(feed_forward(out_width)),
-        ),
+        res2=nn.Sequential(interaction(out_width), feed_forward(out_width)),
     )
 
 
+def interaction(width):
+    return Residual(conv_norm(width, width, 3, depthwise=True))
+
+
 def feed_forward(width):
-    return named(pw1=conv_norm(width, 2 * width, act=nn.ReLU), pw2=conv_norm(2 * width, width))
+    return Residual(named(pw1=conv_norm(width, 2 * width, act=nn.ReLU),
+                          pw2=conv_norm(2 * width, width)))
 
 
 class Residual(nn.Module):
-    """x + m(x), where m is silent at first: its last BatchNorm starts at zero."""
+    """x + m(x), where m(x) = 0 at first: its last BatchNorm starts with a scale of zero."""
 
     def __init__(self, m):
         super().__init__()
@@ -92,7 +89,7 @@ class Residual(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Each channel times a number in 0..1 that depends on the mean of all channels (Hu et al., CVPR 2018)."""
+    """Scales each channel by a number in 0..1 that depends on all channels' means (Hu et al.)."""
 
     def __init__(self, width):
         super().__init__()
@@ -104,7 +101,7 @@ class SqueezeExcite(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Attention within windows of at most 7 x 7 pixels, the map padded with zeros to whole ones. [B, C, H, W] -> the same."""
+    """Attention within windows of at most 7 x 7 pixels, zero-padded. [B, C, H, W] -> the same."""
 
     def __init__(self, width, heads, side):
         super().__init__()
@@ -114,35 +111,39 @@ class WindowAttention(nn.Module):
     def forward(self, x):
         H, W, s = *x.shape[2:], self.side
         x = F.pad(x, (0, -W % s, 0, -H % s))
-        x = x.unflatten(3, (-1, s)).unflatten(2, (-1, s)).permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, C, s, s]
+        x = x.unflatten(3, (-1, s)).unflatten(2, (-1, s))  # [B, C, rows, s, columns, s]
+        x = x.permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, C, s, s]
         x = self.attn(x.flatten(0, 2)).view(x.shape)
         x = x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [B, C, rows*s, columns*s]
         return x[:, :, :H, :W]
 
 
 class CascadedGroupAttention(nn.Module):
-    """Each head sees its share of the channels and what the head before it found (Eq. 2-3). [B, C, s, s] -> the same."""
+    """Each head adds the output of the one before to its channels (Eq. 2-3). On [B, C, s, s]."""
 
     def __init__(self, width, heads, side):
         super().__init__()
-        self.key_width, self.value_width = 16, width // heads
-        self.qkvs = nn.ModuleList(conv_norm(width // heads, 2 * 16 + width // heads) for _ in range(heads))
-        self.dws = nn.ModuleList(conv_norm(16, 16, kernel, depthwise=True) for kernel in (7, 5, 3, 3)[:heads])
+        share = width // heads
+        self.widths = (KEY_WIDTH, KEY_WIDTH, share)  # of a head's queries, keys and values
+        self.qkvs = nn.ModuleList(conv_norm(share, sum(self.widths)) for _ in range(heads))
+        self.dws = nn.ModuleList(conv_norm(KEY_WIDTH, KEY_WIDTH, kernel, depthwise=True)
+                                 for kernel in (7, 5, 3, 3)[:heads])
         self.proj = nn.Sequential(nn.ReLU(), conv_norm(width, width))
-        # A learnt number for each distance |dy|, |dx| between two pixels of a window, row by row: [heads, s*s]
+        # One bias for each distance |dy|, |dx| between two pixels of a window
         self.attention_biases = nn.Parameter(torch.zeros(heads, side * side))
         apart = (torch.arange(side)[:, None] - torch.arange(side)).abs()  # [s, s]
-        index = apart[:, None, :, None] * side + apart[:, None, :]  # [s, s, s, s]: y, x of the query, y, x of the key
-        self.register_buffer("index", index.flatten(2).flatten(0, 1), persistent=False)  # [N, N] with N = s*s
+        index = apart[:, None, :, None] * side + apart[:, None, :]  # [s, s, s, s]: y, x; y, x
+        index = index.flatten(2).flatten(0, 1)  # [N, N] with N = s*s
+        self.register_buffer("index", index, persistent=False)
 
     def forward(self, x):
         biases = self.attention_biases[:, self.index]  # [heads, N, N]
+        shares = x.chunk(len(self.qkvs), dim=1)
         found, outputs = 0, []
-        for share, bias, qkv, dw in zip(x.chunk(len(self.qkvs), dim=1), biases, self.qkvs, self.dws, strict=True):
-            qkv = qkv(share + found)  # Eq. 3; [B, 16+16+C/heads, s, s]
-            q, k, v = qkv.split((self.key_width, self.key_width, self.value_width), dim=1)
-            q, k, v = dw(q).flatten(2), k.flatten(2), v.flatten(2)  # [B, ., N]; token interaction for the queries only
-            weights = (q.transpose(1, 2) @ k / math.sqrt(self.key_width) + bias).softmax(dim=2)  # [B, N, N]
-            found = (v @ weights.transpose(1, 2)).view(share.shape)  # [B, C/heads, s, s]
-            outputs.append(found)
+        for share, bias, qkv, dw in zip(shares, biases, self.qkvs, self.dws, strict=True):
+            q, k, v = qkv(share + found).split(self.widths, dim=1)  # Eq. 3
+            q, k, v = dw(q).flatten(2), k.flatten(2), v.flatten(2)  # [B, ., N]
+            weights = q.transpose(1, 2) @ k / math.sqrt(KEY_WIDTH) + bias  # [B, N, N]
+            found = (v @ weights.softmax(dim=2).transpose(1, 2)).view(share.shape)
+            outputs.append(found)  # [B, C/heads, s, s]
         return self.proj(torch.cat(outputs, dim=1))  # Eq. 2

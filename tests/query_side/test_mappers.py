@@ -1,0 +1,54 @@
+"""Mappers and the model of both sides against their formulas, spelt out."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import isa
+import query_side
+
+RELU, GELU = lambda x: max(x, 0.0), lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2  # noqa: E731
+
+
+@pytest.mark.parametrize("name, hidden, activate, rate", [
+    ("MLP", 512, RELU, 0.1), ("Phi", 80, GELU, 0.5),
+])
+def test_mappers_are_three_layers_on_the_mean_pixel(name, hidden, activate, rate):
+    torch.manual_seed(0)
+    mapper, feature_map = getattr(query_side, name)(20, 12), torch.randn(3, 20, 4, 5)
+    assert [m.p for m in mapper.layers if isinstance(m, torch.nn.Dropout)] == [rate, rate]
+    assert not torch.equal(mapper(feature_map), mapper(feature_map))  # in training
+    mapper.eval()
+    activate = np.vectorize(activate, otypes=[float])
+    x = np.array([[feature_map[b, c].sum().item() / 20 for c in range(20)] for b in range(3)])
+    W1, b1, W2, b2, W3, b3 = (p.detach().numpy() for p in mapper.parameters())
+    wanted = activate(activate(x @ W1.T + b1) @ W2.T + b2) @ W3.T + b3
+    assert W1.shape == (hidden, 20) and W2.shape == (hidden, hidden)
+    assert mapper(feature_map).shape == (3, 1, 12)
+    np.testing.assert_allclose(mapper(feature_map)[:, 0].detach(), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pocketnet", "blip-tuned"])
+def test_both_sides_start_from_one_encoder(pocket_blip, name):
+    """At first a copy of BLIP gives its v and F^v; a light encoder's go through linear layers."""
+    torch.manual_seed(0)
+    encoder = query_side.build(name, blip=pocket_blip)
+    mapper = isa.AdaptiveTokenLearner(encoder.out_channels, pocket_blip.word_dim)
+    model = query_side.TwoSidedModel(encoder, mapper, pocket_blip).eval()
+    x = torch.randn(2, 3, 64, 64)
+    U, v, F_v = model(x)
+    assert torch.equal(U, isa.QueryModel(encoder, mapper)(x))
+    if name == "blip-tuned":
+        wanted_v, wanted_F_v = pocket_blip.encode_image(x)
+    else:
+        pixels = encoder(x).flatten(2).mT  # [B, N, C]
+        tokens = pixels @ model.to_tokens.weight.T + model.to_tokens.bias
+        wanted_F_v = torch.cat([tokens.mean(1)[:, None], tokens], dim=1)
+        projected = pocket_blip.vision_proj(tokens.mean(1))
+        wanted_v = projected / projected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(v, wanted_v)
+    torch.testing.assert_close(F_v, wanted_F_v)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in pocket_blip.parameters())
