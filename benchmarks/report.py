@@ -2,26 +2,37 @@
 
 import statistics
 
-import benchmarks
-from pocket.specs import EDIT_KINDS
+from benchmarks.metrics import HEADLINE
+from benchmarks.readers import CATEGORIES
 
 
 def summarize(results):
     """A list of {metric: value} over seeds -> {metric: [mean, standard deviation]}."""
-    return {m: [statistics.mean(r[m] for r in results), statistics.stdev([r[m] for r in results]) if len(results) > 1 else 0.0]
-            for m in results[0]}  # fmt: skip
+    columns = {metric: [result[metric] for result in results] for metric in results[0]}
+    return {metric: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+            for metric, values in columns.items()}
 
 
 def print_table(name, rows, split, several):
-    """Rows {method: {"all" or a kind: {metric: [mean, spread]}}} as text."""
-    metrics = [m for m in next(iter(rows.values()))["all"] if m[:2] != "Rs" and not (name == "circo" and m[0] == "R")]
-    kinds = [k for k in EDIT_KINDS if k in next(iter(rows.values()))]
-    titles = [*metrics, *(f"{benchmarks.HEADLINE[name]} {kind}" for kind in kinds)]
+    """Print {method: {part: {metric: [mean, deviation]}}}; part: "all", kinds of modifier, categories.
+
+    several: the methods that have more than one seed.
+    """
+    first = next(iter(rows.values()))
+    columns = [("all", metric, metric) for metric in first["all"]
+               if metric[:2] != "Rs" and not (name == "circo" and metric[0] == "R")]
+    columns += [(kind, HEADLINE[name], f"{HEADLINE[name]} {kind}")
+                for kind in first if kind not in ("all", *CATEGORIES)]
     spread = any(method in rows for method in several)
+    widths = [max(8, len(title) + 2) + 6 * spread for _, _, title in columns]
+
+    def line(label, cells):
+        print(f"{label:18s}" + "".join(f"{c:>{w}s}" for c, w in zip(cells, widths, strict=True)))
+
     seeds = ", mean ± standard deviation over seeds where there are several" if spread else ""
     print(f"\n{name} ({split}), percent{seeds}")
-    print(f"{'method':18s}" + "".join(f"{t:>{max(8, len(t) + 2) + 6 * spread}s}" for t in titles))
+    line("method", [title for _, _, title in columns])
     for method, parts in rows.items():
-        values = [parts["all"][m] for m in metrics] + [parts[k][benchmarks.HEADLINE[name]] for k in kinds]
-        cells = [f"{mean:.2f} ± {sd:.2f}" if spread and method in several else f"{mean:.2f}" for mean, sd in values]
-        print(f"{method:18s}" + "".join(f"{c:>{max(8, len(t) + 2) + 6 * spread}s}" for c, t in zip(cells, titles, strict=True)))
+        values = [parts[part][metric] for part, metric, _ in columns]
+        line(method, [f"{mean:.2f} ± {sd:.2f}" if method in several else f"{mean:.2f}"
+                      for mean, sd in values])
