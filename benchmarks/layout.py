@@ -4,61 +4,49 @@ from itertools import product
 
 from benchmarks.readers import CATEGORIES, TREES, annotation_files, load
 
-CHECKED = {"cirr": ("val", "test1"), "fashioniq": ("val",), "circo": ("val", "test")}  # evaluated splits
-
-
-def expected_tree(name):
-    """The official tree of a benchmark, relative to its root, as text."""
-    return TREES[name]
+EVALUATED = {"cirr": ("val", "test1"), "fashioniq": ("val",), "circo": ("val", "test")}  # splits
 
 
 def check_benchmark(name, root, splits=None):
-    """Print the expected tree of a benchmark, and what was found of each split (and category).
+    """Print the expected tree of a benchmark and what was found of each split (and category).
 
-    splits: by default those of CHECKED whose annotations are there, or else "val".
-    Raises ValueError where annotations are missing or damaged, or images are missing or empty.
+    splits: by default those of EVALUATED whose annotations are there, or else "val".
+    Raises ValueError where annotations are missing or damaged, or images missing or empty.
     """
-    print(f"expected below {root}:\n\n{expected_tree(name)}\n")
-    categories = CATEGORIES if name == "fashioniq" else (None,)
+    print(f"expected below {root}:\n\n{TREES[name]}\n")
+    parts, complete = CATEGORIES if name == "fashioniq" else (None,), True
     if splits is None:
-        splits = [split for split in CHECKED[name] if any(
-            file.is_file() for c in categories for file in annotation_files(name, root, split, c))]
-    complete = True
-    for split, category in product(splits or ["val"], categories):
-        files = annotation_files(name, root, split, category)
+        splits = [split for split in EVALUATED[name] if any(
+            file.is_file() for part in parts for file in annotation_files(name, root, split, part))]
+    for split, part in product(splits or ["val"], parts):
+        files = annotation_files(name, root, split, part)
         missing = [file for file in files if not file.is_file()]
         try:
-            benchmark = load(name, root, split, category)
+            benchmark = load(name, root, split, part)
             missing = [benchmark.paths[image] for image in missing_images(benchmark)]
-            found = f"{len(benchmark.paths) - len(missing)} of {len(benchmark.paths)} images found"
-            found = f"{len(benchmark.queries)} queries, gallery of {len(benchmark.gallery)}, {found}"
-            complete &= not missing
+            images = len(benchmark.paths)
+            found = (f"{len(benchmark.queries)} queries, gallery of {len(benchmark.gallery)}, "
+                     f"{images - len(missing)} of {images} images found")
         except (FileNotFoundError, ValueError) as error:
-            found = "annotations are missing" if missing else error
-            complete = False
-        print(f"{name} {category or ''} {split}: {found}")
+            found, complete = "annotations are missing" if missing else error, False
+        print(f"{name} {part or ''} {split}: {found}")
         for path in missing[:5]:
             print(f"  missing: {path}")
+        complete &= not missing
     if not complete:
         raise ValueError(f"{root} is not complete; see the list above")
 
 
 def missing_images(benchmark):
     """Names (gallery first, in its order) whose image file does not exist or is empty."""
-    return [name for name, path in benchmark.paths.items() if not _has_content(path)]
-
-
-def _has_content(path):
-    try:
-        return path.stat().st_size > 0
-    except OSError:
-        return False
+    return [name for name, path in benchmark.paths.items()
+            if not (path.is_file() and path.stat().st_size)]
 
 
 def require_images(benchmark):
-    """ValueError where images are missing, before a model is loaded: no gallery is silently smaller."""
+    """ValueError where images are missing: a gallery is never silently smaller."""
     missing = missing_images(benchmark)
     if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(benchmark.paths)} images of {benchmark.name} are missing or empty, the "
-            f"first is {benchmark.paths[missing[0]]}; `python evaluate.py check` shows the expected tree")
+        raise ValueError(f"{len(missing)} of {len(benchmark.paths)} images of {benchmark.name} are "
+                         f"missing or empty, the first is {benchmark.paths[missing[0]]}; "
+                         "`python evaluate.py check` shows the expected tree")

@@ -14,25 +14,21 @@ def summarize(results):
 
 
 def print_table(name, rows, split, several):
-    """Print {method: {part: {metric: [mean, deviation]}}}; part: "all", kinds of modifier, categories.
+    """Print {method: {"all", kind or category: {metric: [mean, deviation]}}}, without categories.
 
-    several: the methods that have more than one seed.
+    several: the methods with more than one seed.
     """
-    first = next(iter(rows.values()))
-    columns = [("all", metric, metric) for metric in first["all"]
-               if metric[:2] != "Rs" and not (name == "circo" and metric[0] == "R")]
-    columns += [(kind, HEADLINE[name], f"{HEADLINE[name]} {kind}")
-                for kind in first if kind not in ("all", *CATEGORIES)]
+    parts, head = next(iter(rows.values())), HEADLINE[name]
+    columns = {m: ("all", m) for m in parts["all"]
+               if m[:2] != "Rs" and not (name == "circo" and m[0] == "R")}  # title -> part, metric
+    columns |= {f"{head} {k}": (k, head) for k in parts if k not in ("all", *CATEGORIES)}
     spread = any(method in rows for method in several)
-    widths = [max(8, len(title) + 2) + 6 * spread for _, _, title in columns]
-
-    def line(label, cells):
+    note = ", mean ± standard deviation over seeds where there are several" if spread else ""
+    print(f"\n{name} ({split}), percent{note}")
+    widths = [max(8, len(title) + 2) + 6 * spread for title in columns]
+    lines = {"method": columns} | {
+        method: [f"{mean:.2f} ± {sd:.2f}" if method in several else f"{mean:.2f}"
+                 for mean, sd in (parts[part][metric] for part, metric in columns.values())]
+        for method, parts in rows.items()}
+    for label, cells in lines.items():
         print(f"{label:18s}" + "".join(f"{c:>{w}s}" for c, w in zip(cells, widths, strict=True)))
-
-    seeds = ", mean ± standard deviation over seeds where there are several" if spread else ""
-    print(f"\n{name} ({split}), percent{seeds}")
-    line("method", [title for _, _, title in columns])
-    for method, parts in rows.items():
-        values = [parts[part][metric] for part, metric, _ in columns]
-        line(method, [f"{mean:.2f} ± {sd:.2f}" if method in several else f"{mean:.2f}"
-                      for mean, sd in values])
