@@ -1,7 +1,18 @@
-"""CIRR, FashionIQ and CIRCO: annotations, exact ranking, metrics, prediction files."""
+"""CIRR, FashionIQ and CIRCO: annotations, exact ranking, metrics, prediction files.
 
-from .layout import CHECKED, check_benchmark, check_layout, expected_tree, find_root, missing_images, require_images
+A query is a reference image and a text that changes it; the answer is a ranking of the gallery.
+
+- Images are compared by name, never by path, so annotations are enough to score a ranking.
+  CIRR and FashionIQ: names as in their files. CIRCO: decimal COCO ids without padding ("243611").
+- Rankings: dict query id -> list of names, best first. Every query has one; it may be short.
+- The reference image is removed from rankings in CIRR and kept in FashionIQ and CIRCO.
+- Metrics are percentages. Errors are one sentence: where, what is wrong, what to do.
+
+CIRR: Liu et al., ICCV 2021. FashionIQ: Wu et al., CVPR 2021. CIRCO: Baldrati et al., ICCV 2023.
+"""
+
+from .layout import check_benchmark, missing_images, require_images
 from .metrics import HEADLINE, aspect_scores, average, average_precision, score, score_by_kind
-from .predictions import SUBMITTED, predictions, read_predictions, write_predictions
+from .predictions import predictions, read_predictions, write_predictions
 from .ranking import rank, rank_subsets, top_k
-from .readers import CATEGORIES, TREES, Benchmark, Query, annotation_files, load
+from .readers import CATEGORIES, TREES, Benchmark, Query, load

@@ -1,29 +1,30 @@
-"""Files for the test servers of CIRR and CIRCO."""
+"""Prediction files, in the formats of the test servers of CIRR and CIRCO."""
 
 import json
 from pathlib import Path
 
-from benchmarks.metrics import _lists
-from benchmarks.readers import _coco_name, _get, _plain_name, _read_json, _typed
+from benchmarks.metrics import counted
+from benchmarks.readers import coco_name, fields, plain_name, read_json, remedy, typed
 from plumbing.files import replacing
 
-SUBMITTED = {"recall": 50, "recall_subset": 3}  # names per query that the test servers of CIRR and CIRCO accept
+SUBMITTED = {"recall": 50, "recall_subset": 3}  # names per query that the servers accept
 
 
 def predictions(benchmark, rankings, metric="recall"):
-    """Rankings -> the JSON document that the test server wants, as a dict; a longer ranking is cut.
+    """Rankings -> the JSON document for the test server, as a dict; longer rankings are cut.
 
-    CIRR: {"version": "rc2", "metric": metric, pairid: names}, 50 names without the reference for "recall", 3 of the
-    group for "recall_subset". CIRCO: {id: 50 ids as ints}. FashionIQ: {category: {id: 50 names}}; join the three
-    categories with `|`. Raises ValueError for a ranking that is too short, besides those of `score`.
+    CIRR: {"version": "rc2", "metric": metric, pairid: names}, for "recall" 50 without the reference,
+    for "recall_subset" 3 of the group. CIRCO: {id: 50 ids as ints}. FashionIQ has no server:
+    {category: {id: 50 names}}; join the categories with `|`.
+    Raises ValueError for a ranking that is too short, and as `score` does.
     """
     _check_metric(benchmark, metric)
-    room, document = len(benchmark.gallery) - (benchmark.name == "cirr"), {}
-    for query, names in zip(benchmark.queries, _lists(benchmark, rankings, metric), strict=True):
-        wanted = min(SUBMITTED[metric], len(query.subset) if metric == "recall_subset" else room)
+    images, document = len(benchmark.gallery) - (benchmark.name == "cirr"), {}
+    for query, names in zip(benchmark.queries, counted(benchmark, rankings, metric), strict=True):
+        wanted = min(SUBMITTED[metric], len(query.subset) if metric == "recall_subset" else images)
         if len(names) < wanted:
-            raise ValueError(f"the ranking of query {query.id} has {len(names)} names and {metric} needs {wanted}: "
-                             "rank with a larger k")
+            raise ValueError(f"the ranking of query {query.id} has {len(names)} names and {metric} "
+                             f"needs {wanted}: rank with a larger k")
         document[query.id] = names[:SUBMITTED[metric]]
     if benchmark.name == "cirr":
         return {"version": "rc2", "metric": metric} | document
@@ -33,50 +34,44 @@ def predictions(benchmark, rankings, metric="recall"):
 
 
 def write_predictions(path, document):
-    """Write a document of `predictions` at once: a reader sees the old file or the new one, never a part."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"folder {path.parent} does not exist: create it, or choose another file name")
-    with replacing(path) as file:
+    """Write a document of `predictions`: readers see the old file or the new one, never a part."""
+    with replacing(Path(path)) as file:
         file.write(json.dumps(document, separators=(",", ":")).encode())  # CIRR's limit is 5 MB
 
 
 def read_predictions(path, benchmark, metric="recall"):
-    """A prediction file in the format of `predictions` -> rankings; nothing is dropped or cut.
+    """A file in the format of `predictions` -> rankings; nothing is dropped or cut.
 
-    Raises FileNotFoundError, and ValueError for another metric, version or category than asked for, a missing or
-    unexpected query, and a list that is empty, repeats a name or holds one that is not in the gallery (CIRCO without
-    gallery: not a COCO id; recall_subset: not in the group).
+    Raises FileNotFoundError, and ValueError for another metric, version or category, a missing or
+    unexpected query, and a list that is empty, repeats a name or holds one that is not in the gallery
+    (recall_subset: the group; CIRCO without gallery: the COCO ids).
     """
     _check_metric(benchmark, metric)
-    path = Path(path)
-    document = _read_json(path, dict)
-    if benchmark.name == "cirr":
-        for key, wanted in (("version", "rc2"), ("metric", metric)):
-            if document.pop(key, None) != wanted:
-                raise ValueError(f'{path}: "{key}" should be "{wanted}": pass the file made for this metric and split')
-    if benchmark.name == "fashioniq":
-        document = _get(document, benchmark.category, dict, f"{path}")
-    ids = {query.id for query in benchmark.queries}
-    for problem, keys in (("missing", ids - document.keys()), ("not in this split", document.keys() - ids)):
-        if keys:
-            raise ValueError(f"{path}: {len(keys)} queries are {problem} (first: {', '.join(sorted(keys)[:3])}): "
-                             f"predict {benchmark.name} {benchmark.split} whole")
-    gallery = set(benchmark.gallery)
-    return {query.id: _read_names(document[query.id], f"{path}, query {query.id}", benchmark,
-                                  set(query.subset) if metric == "recall_subset" else gallery)
-            for query in benchmark.queries}
-
-
-def _read_names(names, where, benchmark, allowed):
-    convert = _coco_name if benchmark.name == "circo" else _plain_name
-    names = [convert(name, where) for name in _typed(names, list, where)]
-    unknown = [name for name in names if allowed and name not in allowed]
-    if unknown:
-        raise ValueError(f"{where}: {unknown[0]!r:.80} is not among the images to rank: predict names of this split")
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"{where}: the list {'repeats a name' if names else 'is empty'}: rank each image once")
-    return names
+    ids, gallery = {query.id for query in benchmark.queries}, set(benchmark.gallery)
+    convert, rankings = coco_name if benchmark.name == "circo" else plain_name, {}
+    with remedy(f"write it for {benchmark.name} {benchmark.split} and {metric}, each image once"):
+        document = read_json(Path(path), dict)
+        for key, wanted in {"version": "rc2", "metric": metric}.items():
+            if benchmark.name == "cirr" and document.pop(key, None) != wanted:
+                raise ValueError(f'{path}: "{key}" should be "{wanted}"')
+        if benchmark.name == "fashioniq":
+            document = fields(document, path, **{benchmark.category: dict})[benchmark.category]
+        for keys, problem in ((ids - document.keys(), "missing"),
+                              (document.keys() - ids, "not in this split")):
+            if keys:
+                first = ", ".join(sorted(keys)[:3])
+                raise ValueError(f"{path}: {len(keys)} queries are {problem} (first: {first})")
+        for query in benchmark.queries:
+            where = f"{path}, query {query.id}"
+            names = [convert(name, where) for name in typed(document[query.id], list, where)]
+            allowed = query.subset if metric == "recall_subset" else gallery
+            unknown = [name for name in names if allowed and name not in allowed]
+            if unknown:
+                raise ValueError(f"{where}: {unknown[0]!r:.80} is not among the images to rank")
+            if not names or len(set(names)) < len(names):
+                raise ValueError(f"{where}: the list {'repeats a name' if names else 'is empty'}")
+            rankings[query.id] = names
+    return rankings
 
 
 def _check_metric(benchmark, metric):

@@ -1,24 +1,12 @@
-"""CIRR, FashionIQ and CIRCO: annotations -> gallery and queries, exact ranking, metrics, prediction files.
-
-A query is a reference image and a caption that changes it; the answer is a ranking of the gallery's names. Images are
-compared by name, never by path, so a ranking can be scored with the annotations alone. Conventions of this file:
-
-- Names: CIRR and FashionIQ as in their files; CIRCO the COCO id as a decimal string without padding ("243611").
-- Rankings: dict query id -> list of names, best first. It may hold fewer names than the gallery, but every query.
-- Reference image: removed from the ranking in CIRR, kept in FashionIQ and CIRCO, as in the papers that introduced them.
-- Metrics are percentages. Errors are one sentence (ValueError, FileNotFoundError) that say where and what to do.
-
-CIRR: Liu et al., ICCV 2021. FashionIQ: Wu et al., CVPR 2021. CIRCO: Baldrati et al., ICCV 2023.
-"""
+"""Annotation files -> gallery and queries, with every entry checked."""
 
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-CATEGORIES = ("dress", "shirt", "toptee")  # FashionIQ is three benchmarks, each with its own gallery
-
-
+CATEGORIES = ("dress", "shirt", "toptee")  # FashionIQ is three benchmarks, each with its gallery
 TREES = {
     "cirr": """\
 captions/cap.rc2.{train,val,test1}.json
@@ -34,59 +22,54 @@ annotations/{val,test}.json
 COCO2017_unlabeled/annotations/image_info_unlabeled2017.json
 COCO2017_unlabeled/unlabeled2017/                 000000243611.jpg: COCO ids in 12 digits""",
 }
+OPTIONAL = {"target_hard": str, "target": str, "gt_img_ids": list, "semantic_aspects": list[str],
+            "modifier_type": str}  # fields of some captions only: test splits have no targets
 
 
 @dataclass
 class Query:
-    """One composed query. `targets` is empty in a test split; its first entry is the single target of R@K.
-
-    captions: 1 text (CIRR, CIRCO) or 1-2 (FashionIQ, cleaned); subset: CIRR's group without the reference, five names;
-    aspects: CIRCO's semantic aspects; kind: type of modifier, where the annotations say (the pocket world's do).
-    """
+    """One composed query."""
     id: str
     reference: str
-    captions: list[str]
-    targets: list[str]
-    subset: list[str] | None = None
-    aspects: list[str] = field(default_factory=list)
-    kind: str = ""
+    captions: list[str]  # one, or FashionIQ's one or two, cleaned
+    targets: list[str]  # ground truths, R@K's first; empty in a test split
+    subset: list[str] | None = None  # the five others of CIRR's group
+    aspects: list[str] = field(default_factory=list)  # CIRCO's semantic aspects
+    kind: str = ""  # the pocket world's type of modifier
 
 
 @dataclass
 class Benchmark:
-    """One split: `gallery` is the order in which ties break; `paths` covers gallery and references, unchecked."""
+    """One split of one benchmark (FashionIQ: of one category)."""
     name: str
     split: str
-    gallery: list[str]
-    paths: dict[str, Path]
+    gallery: list[str]  # ties in a ranking keep this order
+    paths: dict[str, Path]  # of gallery and references, unchecked
     queries: list[Query]
     category: str | None = None
 
 
 def load(name, root, split="val", category=None):
-    """Read one split of "cirr", "fashioniq" (with a category: dress, shirt or toptee) or "circo" below `root`.
+    """Read one split of "cirr", "circo" or "fashioniq" (with one of CATEGORIES) below `root`.
 
-    Only annotations are read; `missing_images` says which images are absent. CIRCO's gallery is COCO's own list, or
-    else the image folder; with neither it is empty, which is enough to score.
-    Raises ValueError (unknown name, damaged annotations, a name that leaves `root`) and FileNotFoundError.
+    Only annotations are read. CIRCO's gallery is COCO's own list, or else the image folder; with
+    neither it is empty, which is enough to score. Raises FileNotFoundError, and ValueError for an
+    unknown name, damaged annotations and a name that leaves `root`.
     """
-    root = Path(root)
     files = annotation_files(name, root, split, category)
     read = {"cirr": _read_cirr, "fashioniq": _read_fashioniq, "circo": _read_circo}[name]
-    gallery, paths, queries = read(root, *files)
-    benchmark = Benchmark(name, split, gallery, paths, queries, category)
-    _check_names(benchmark, files[0])
+    with remedy("repair it, or download it again from the official source"):
+        benchmark = Benchmark(name, split, *read(Path(root), *files), category)
+        _check_names(benchmark, files[0])
     return benchmark
 
 
 def annotation_files(name, root, split, category=None):
-    """The annotation files that `load` will read: [captions, gallery list], for CIRCO the first only."""
-    if name not in TREES:
-        raise ValueError(f"unknown benchmark {name!r}: choose one of {', '.join(TREES)}")
-    if category not in (CATEGORIES if name == "fashioniq" else (None,)):
-        raise ValueError(f"{name} has no category {category!r}: FashionIQ needs one of {', '.join(CATEGORIES)}, "
-                         "the others none")
-    root, stem = Path(root), f"{category or 'rc2'}.{_plain_name(split, 'split')}.json"
+    """The files that `load` requires: [captions, list of images], for CIRCO the first only."""
+    if name not in TREES or category not in (CATEGORIES if name == "fashioniq" else (None,)):
+        raise ValueError(f"no benchmark {name!r} with category {category!r}: choose "
+                         f"{', '.join(TREES)}; fashioniq with one of {', '.join(CATEGORIES)}")
+    root, stem = Path(root), f"{category or 'rc2'}.{plain_name(split, 'split')}.json"
     if name == "circo":
         return [root / "annotations" / f"{split}.json"]
     if name == "cirr" and not (root / "captions").is_dir() and (root / "cirr").is_dir():
@@ -95,86 +78,114 @@ def annotation_files(name, root, split, category=None):
 
 
 def _read_cirr(root, captions, split):
-    """`target_soft`, `reference_rank` and `target_rank` are not used: recall counts `target_hard` only, and the
-    ranks are no indices into the members."""
+    """Only `target_hard` counts as a target; the ranks in `img_set` are no indices into it."""
     images = root / "img_raw" if captions.parent.parent == root else root
     paths, queries = {}, []
-    for name, relative in _read_json(split, dict).items():
+    for name, relative in read_json(split, dict).items():
         where = f"{split}, image {name!r:.80}"
-        parts = PurePosixPath(_typed(relative, str, where)).parts or ("",)
-        paths[_plain_name(name, where)] = images.joinpath(*(_plain_name(part, where) for part in parts))
-    for i, entry in enumerate(_read_json(captions, list)):
-        where = f"{captions}, entry {i}"
-        pair, reference = _get(entry, "pairid", int, where), _get(entry, "reference", str, where)
-        members = _strings(_get(entry, "img_set", dict, where), "members", where)
+        parts = PurePosixPath(typed(relative, str, where)).parts or ("",)
+        paths[plain_name(name, where)] = images.joinpath(*(plain_name(p, where) for p in parts))
+    for where, entry in _entries(captions, pairid=int, reference=str, caption=str, img_set=dict):
+        members = fields(entry["img_set"], where, members=list[str])["members"]
         queries.append(Query(
-            str(pair), reference, [_get(entry, "caption", str, where).strip()],
-            targets=[_get(entry, "target_hard", str, where)] if "target_hard" in entry else [],
-            subset=[name for name in members if name != reference], kind=_get(entry, "modifier_type", str, where, "")))
+            str(entry["pairid"]), entry["reference"], [entry["caption"].strip()],
+            targets=[entry["target_hard"]] if "target_hard" in entry else [],
+            subset=[name for name in members if name != entry["reference"]],
+            kind=entry.get("modifier_type", "")))
     return list(paths), paths, queries
 
 
 def _read_fashioniq(root, captions, split):
-    """The protocol strips blanks and ".?," from both captions; an empty one is dropped, two empty ones leave ""."""
-    gallery, queries = _read_json(split, list), []
-    for i, entry in enumerate(_read_json(captions, list)):
-        where = f"{captions}, entry {i}"
-        texts = [text.strip(" \t\r\n.?,") for text in _strings(entry, "captions", where)]
+    """The protocol strips blanks and ".?,"; of two empty captions "" is left."""
+    gallery, paths, queries = read_json(split, list), {}, []
+    for _, entry in _entries(captions, candidate=str, captions=list[str]):
+        texts = [text.strip(" \t\r\n.?,") for text in entry["captions"]]
         queries.append(Query(
-            str(i), _get(entry, "candidate", str, where), [text for text in texts if text] or [""],
-            targets=[_get(entry, "target", str, where)] if "target" in entry else [],
-            kind=_get(entry, "modifier_type", str, where, "")))
-    paths, listed = {}, _list_images(root / "images")
+            str(len(queries)), entry["candidate"], [text for text in texts if text] or [""],
+            targets=[entry["target"]] if "target" in entry else [],
+            kind=entry.get("modifier_type", "")))
+    files = _list_images(root / "images")
     for name in gallery + [query.reference for query in queries]:
-        _plain_name(name, f"{split} or {captions.name}")
-        paths[name] = root / "images" / listed.get(name, f"{name}.png")
+        plain_name(name, f"{split} or {captions.name}")
+        paths[name] = root / "images" / files.get(name, f"{name}.png")
     return gallery, paths, queries
 
 
 def _read_circo(root, annotations):
-    queries = []
-    for i, entry in enumerate(_read_json(annotations, list)):
-        where = f"{annotations}, entry {i}"
-        truths = [_coco_name(truth, where) for truth in _get(entry, "gt_img_ids", list, where, [])]
-        target = str(entry.get("target_img_id", ""))
+    gallery, paths, queries = [], {}, []
+    for where, entry in _entries(annotations, id=int, reference_img_id=int, relative_caption=str):
+        truths = [coco_name(truth, where) for truth in entry.get("gt_img_ids", [])]
         queries.append(Query(
-            str(_get(entry, "id", int, where)), _coco_name(_get(entry, "reference_img_id", int, where), where),
-            [_get(entry, "relative_caption", str, where).strip()],
-            targets=sorted(truths, key=lambda name, target=target: name != target),  # the single target of R@K first
-            aspects=_strings(entry, "semantic_aspects", where, []),
-            kind=_get(entry, "modifier_type", str, where, "")))
-    folder = root / "COCO2017_unlabeled" / "unlabeled2017"
-    info = root / "COCO2017_unlabeled" / "annotations" / "image_info_unlabeled2017.json"
-    listed = _list_images(folder)
+            str(entry["id"]), coco_name(entry["reference_img_id"], where),
+            [entry["relative_caption"].strip()],
+            targets=sorted(truths, key=str(entry.get("target_img_id")).__ne__),  # R@K's first
+            aspects=entry.get("semantic_aspects", []), kind=entry.get("modifier_type", "")))
+    root = root / "COCO2017_unlabeled"
+    info, folder = root / "annotations" / "image_info_unlabeled2017.json", root / "unlabeled2017"
+    files = _list_images(folder)
     used = {name for query in queries for name in (query.reference, *query.targets)}
-    gallery = []
     if info.is_file():
-        gallery = [_coco_name(_get(image, "id", int, f"{info}, image {i}"), f"{info}, image {i}")
-                   for i, image in enumerate(_get(_read_json(info, dict), "images", list, f"{info}"))]
-    elif folder.is_dir():  # and what the annotations use: a half-unpacked folder then shows as missing images
-        gallery = sorted(used | {str(int(stem)) for stem in listed if re.fullmatch("[0-9]{12}", stem)}, key=int)
-    paths = {}
+        for i, image in enumerate(fields(read_json(info, dict), info, images=list)["images"]):
+            where = f"{info}, image {i}"
+            gallery.append(coco_name(fields(image, where, id=int)["id"], where))
+    elif folder.is_dir():  # and all that is used: a half-unpacked folder shows as missing images
+        present = {str(int(stem)) for stem in files if re.fullmatch("[0-9]{12}", stem)}
+        gallery = sorted(used | present, key=int)
     for name in gallery + sorted(used - set(gallery), key=int):
         stem = f"{int(name):012d}"
-        paths[name] = folder / listed.get(stem, f"{stem}.jpg")
+        paths[name] = folder / files.get(stem, f"{stem}.jpg")
     return gallery, paths, queries
 
 
+def _list_images(folder):
+    """dict stem -> file name, .jpg before .png where both exist; {} if there is no folder."""
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
+            found[path.stem] = min(path.name, found.get(path.stem, path.name))
+    return found
+
+
 def _check_names(benchmark, file):
-    """Ids and gallery names are unique, and every name that a query uses is one that can be found."""
+    """Ids and gallery names are unique, and every name that a query uses is known."""
     queries, gallery = benchmark.queries, set(benchmark.gallery)
-    if not queries or len({query.id for query in queries}) < len(queries) or len(gallery) < len(benchmark.gallery):
-        raise ValueError(f"{file} is empty, or it or its list of images repeats an entry: download it again")
+    repeats = len({q.id for q in queries}) < len(queries) or len(gallery) < len(benchmark.gallery)
+    if not queries or repeats:
+        raise ValueError(f"{file} is empty, or it or its list of images repeats an entry")
     for i, query in enumerate(queries):
-        if len(set(query.targets)) < len(query.targets):
-            raise ValueError(f"{file}, entry {i}: a ground truth is listed twice: repair or download it again")
-        if bool(query.targets) != bool(queries[0].targets):
-            raise ValueError(f"{file}, entry {i}: some entries have a target and some have none: download it again")
-        unknown = [name for name in (query.reference, *(query.subset or ())) if name not in benchmark.paths]
+        where, shown = f"{file}, entry {i}", (query.reference, *(query.subset or ()))
+        unknown = [name for name in shown if name not in benchmark.paths]
         unknown += [name for name in query.targets if name not in gallery]
+        if len(set(query.targets)) < len(query.targets):
+            raise ValueError(f"{where}: a ground truth is listed twice")
+        if bool(query.targets) != bool(queries[0].targets):
+            raise ValueError(f"{where}: some entries have a target and some have none")
         if unknown and gallery:
-            raise ValueError(f"{file}, entry {i}: {unknown[0]!r:.80} is not in the list of images of this split: "
-                             "download captions and list again, from one release")
+            raise ValueError(f"{where}: {unknown[0]!r:.80} is not in the list of images")
+
+
+# Checks of JSON from elsewhere: each returns the value, or raises ValueError that says where it is.
+@contextmanager
+def remedy(advice):
+    """Add what to do to the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}: {advice}") from None
+
+
+def read_json(path, kind):
+    """The content of a JSON file whose outermost value is a `kind` and whose keys are unique."""
+    if not path.is_file():
+        pattern = f"{path.name.split('.')[0]}.*.json" if len(path.suffixes) > 1 else "*.json"
+        others = ", ".join(sorted(file.name for file in path.parent.glob(pattern))[:6])
+        raise FileNotFoundError(f"{path} is missing{f' (there is {others})' if others else ''}: "
+                                "`python evaluate.py check` prints what is expected")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not usable JSON ({error})") from None
+    return typed(content, kind, path)
 
 
 def _unique_keys(pairs):
@@ -186,56 +197,39 @@ def _unique_keys(pairs):
     return content
 
 
-def _read_json(path, kind):
-    """The content of a JSON file whose outermost value is a `kind`; a key that appears twice is an error."""
-    if not path.is_file():
-        first = path.name.split(".")[:-2][:1]  # "cap" of "cap.rc2.val.json"; of "val.json" nothing
-        others = sorted(file.name for file in path.parent.glob("*.json") if file.name.split(".")[:-2][:1] == first)[:6]
-        there = f" (there is {', '.join(others)})" if others else ""  # of another split, or another benchmark
-        raise FileNotFoundError(f"{path} is missing{there}: `python evaluate.py check` prints the files that are expected")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not usable JSON ({error}): write or download it again") from None
-    return _typed(content, kind, f"{path}")
+def _entries(path, **kinds):
+    """Captions -> (place, entry) of each, with `fields` of these kinds."""
+    for i, entry in enumerate(read_json(path, list)):
+        yield f"{path}, entry {i}", fields(entry, f"{path}, entry {i}", **kinds)
 
 
-def _typed(value, kind, where):
+def fields(entry, where, **kinds):
+    """A dict whose fields, those of `kinds` and any of OPTIONAL, are of the right kinds."""
+    for key, kind in (OPTIONAL | kinds).items():
+        if key in typed(entry, dict, where):
+            typed(entry[key], kind, f"{where}, {key!r}")
+        elif key in kinds:
+            raise ValueError(f"{where}: {key!r} is missing")
+    return entry
+
+
+def typed(value, kind, where):
+    if kind == list[str]:
+        return [typed(text, str, where) for text in typed(value, list, where)]
     if type(value) is not kind:  # not isinstance: JSON's true would pass for an int
-        raise ValueError(f"{where}: expected {kind.__name__}, found {value!r:.80}: repair or download it again")
+        raise ValueError(f"{where}: expected {kind.__name__}, found {value!r:.80}")
     return value
 
 
-def _get(entry, key, kind, where, default=None):
-    """The value of a key; without a default (of the kind) the key must be there."""
-    value = _typed(entry, dict, where).get(key, default)
-    if value is None:
-        raise ValueError(f"{where}: {key!r} is missing: repair the file or download it again")
-    return _typed(value, kind, f"{where}, {key!r}")
-
-
-def _strings(entry, key, where, default=None):
-    return [_typed(value, str, f"{where}, {key!r}") for value in _get(entry, key, list, where, default)]
-
-
-def _plain_name(name, where):
-    """Refuse what could reach another folder; a symbolic link that the user made inside `root` is the user's choice."""
-    if _typed(name, str, where) in ("", ".", "..") or set(name) & set("/\\\0"):
-        raise ValueError(f"{where}: {name!r:.80} is not a plain file name: use annotations from the official source")
+def plain_name(name, where):
+    """A name that cannot reach another folder. (A symbolic link in `root` is the user's choice.)"""
+    if typed(name, str, where) in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise ValueError(f"{where}: {name!r:.80} is not a plain file name")
     return name
 
 
-def _coco_name(value, where):
-    """COCO id, as an int or a decimal string -> its name, a decimal string without padding."""
+def coco_name(value, where):
+    """A COCO id, an int or a decimal string -> its name, a decimal string without padding."""
     if type(value) not in (int, str) or not re.fullmatch("[0-9]{1,20}", str(value)):
-        raise ValueError(f"{where}: {value!r:.80} is not a COCO image id: write ids as whole numbers")
+        raise ValueError(f"{where}: {value!r:.80} is not a COCO image id; these are whole numbers")
     return str(int(value))
-
-
-def _list_images(folder):
-    """One listing of a folder -> dict of stem -> file name (.jpg before .png where both exist); {} without folder."""
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
-            found[path.stem] = min(path.name, found.get(path.stem, path.name))
-    return found
