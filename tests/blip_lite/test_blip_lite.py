@@ -435,6 +435,7 @@ def pickled(value, **options):
         (pickled({}), "holds no state dict"),
         (pickled({"epoch": 3, "x": torch.zeros(1)}), "holds epoch, not tensors"),
         (pickled({"x": torch.zeros(1)}), "not a BLIP for image-text retrieval"),
+        (pickled({"query_model": {}}), "a checkpoint of train.py, for --checkpoint"),
     ],
 )
 def test_what_is_no_file_of_weights_is_one_sentence(vocab, tmp_path, content, message, capfd):
