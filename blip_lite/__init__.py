@@ -1,16 +1,17 @@
-"""Frozen BLIP in a few readable files; `load` is the door.
+"""Frozen BLIP in six short files.
 
     import blip_lite
-    blip = blip_lite.load("pocket")                       # the small one in pocket/: no download, 64 px
-    blip = blip_lite.load("model_base.pth", vocab="vocab.txt", image_size=224, device="cuda")   # the paper's
+    blip = blip_lite.load("pocket")   # the small one in pocket/: no download, 64 px
+    blip = blip_lite.load("model_base.pth", vocab="vocab.txt", image_size=224, device="cuda")
 
     v, F_v = blip.encode_image(blip.preprocess(pil)[None])           # [1, E] unit norm, [1, 1+N, D]
     ids, mask = blip.tokenize(["a red car", "a dog on the beach"])   # [2, T], [2, T]
     t = blip.encode_text(blip.embed_words(ids), mask)                # [2, E] unit norm
     v @ t.T                                                          # [1, 2] similarities
 
-vit.py and bert.py are the encoders, blip.py puts them together, preprocess.py and tokenizer.py prepare their input, and
-checkpoint.py reads weights. `python -m blip_lite.download` fetches the official ones.
+vit.py and bert.py are the two encoders and blip.py joins them; preprocess.py and tokenizer.py
+prepare their input; checkpoint.py reads weights. `python -m plumbing.download` fetches the
+official ones.
 """
 
 from .blip import Blip
@@ -18,4 +19,5 @@ from .checkpoint import MOST_PIXELS, check_finite, infer_sizes, load, save
 from .preprocess import MEAN, STD, to_pixels, to_rgb
 from .tokenizer import Tokenizer
 
-__all__ = ["MEAN", "STD", "Blip", "Tokenizer", "infer_sizes", "load", "save", "to_pixels", "to_rgb"]
+__all__ = ["MEAN", "MOST_PIXELS", "STD", "Blip", "Tokenizer", "check_finite", "infer_sizes", "load",
+           "save", "to_pixels", "to_rgb"]  # fmt: skip

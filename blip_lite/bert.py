@@ -1,17 +1,18 @@
-"""The text encoder of BLIP: a post-norm BERT that can also look at an image.
+"""BLIP's text encoder: a BERT with post-norm layers that can also look at an image.
 
-Two modes share all weights: *text mode* skips cross-attention, *matching mode* runs it in every layer on the image
-tokens. The encoder starts from word vectors, not ids: that is where ISA's sentence tokens enter. Parameter names are
-those of the official checkpoints. B texts, T tokens, d width, S image tokens of width D.
+Two modes share all weights: *text mode* skips cross-attention, *matching mode* runs it in every
+layer, on the image's tokens. The encoder starts from word vectors, not ids: this is where ISA's
+sentence tokens enter. Parameters have the names of the official checkpoints. B texts, T tokens,
+d width, S image tokens of width D.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .vit import HEAD_WIDTH, attention
+from .vit import attention, attention_weights, split_heads
 
-EPS = 1e-12  # BERT's LayerNorm epsilon; the ViT's is 1e-6
+EPS = 1e-12  # of BERT's LayerNorms; the ViT's have 1e-6
 
 
 class Embeddings(nn.Module):
@@ -24,16 +25,15 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(width, eps=EPS)
 
     def forward(self, words):
-        if words.shape[1] > self.position_embeddings.num_embeddings:
-            raise ValueError(
-                f"a text of {words.shape[1]} tokens is longer than BLIP's {self.position_embeddings.num_embeddings} "
-                "positions; shorten it"
-            )
-        return self.LayerNorm(words + self.position_embeddings.weight[: words.shape[1]])  # [B, T, d]
+        length, most = words.shape[1], self.position_embeddings.num_embeddings
+        if length > most:
+            problem = f"a text of {length} tokens is longer than BLIP's {most} positions"
+            raise ValueError(f"{problem}; shorten it")
+        return self.LayerNorm(words + self.position_embeddings.weight[:length])  # [B, T, d]
 
 
 class Projections(nn.Module):
-    """The query, key and value projections; keys and values may come from an image of another width."""
+    """To queries, keys and values; keys and values may come from an image, of another width."""
 
     def __init__(self, width, source_width):
         super().__init__()
@@ -83,9 +83,9 @@ class Layer(nn.Module):
         self.output = Residual(4 * width, width)
 
     def forward(self, x, mask, image_tokens=None, rows=None, n=None):
-        x = self.attention(x[:, :n], x, mask)  # the first n tokens go on, None = all
+        x = self.attention(x[:, :n], x, mask)  # only the first n tokens continue; None = all
         if image_tokens is not None:
-            x = self.crossattention(x, image_tokens, rows=rows)  # every image token may be attended to
+            x = self.crossattention(x, image_tokens, rows=rows)  # no mask: an image has no padding
         return self.output(self.intermediate(x), x)
 
 
@@ -96,13 +96,13 @@ class Encoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Word vectors [B, T, d] and mask [B, T] (1 = a token, 0 = padding) -> the last hidden state of position 0, [B, d].
+    """Words [B, T, d] and mask [B, T], 0 at padding -> last hidden state of position 0, [B, d].
 
-    With image_tokens [M, S, D] the encoder runs in matching mode, text i looking at image rows[i] (int64 [B]; by default
-    at its own, M = B); without them in text mode. Raises ValueError where T exceeds the number of positions.
+    With image_tokens [M, S, D], matching mode: text i looks at image rows[i] (int64 [B]; by default
+    at its own, M = B). Raises ValueError if T exceeds the number of positions.
 
-    Two savings that change no value: the keys and values of an image are computed once, however many texts look at it,
-    and in the last layer position 0 alone goes on, since BLIP reads no other.
+    Two savings change no value: an image's keys and values are computed once, however many texts
+    look at it, and the last layer computes position 0 alone, the only one that BLIP reads.
     """
 
     def __init__(self, vocab_size, max_positions, width, depth, image_width):
@@ -115,16 +115,15 @@ class TextEncoder(nn.Module):
         *layers, last = self.encoder.layer
         for layer in layers:
             x = layer(x, mask, image_tokens, rows)
-        return last(x, mask, image_tokens, rows, n=1)[:, 0]
+        return last(x, mask, image_tokens, rows, n=1)[:, 0]  # [B, 1, d] -> [B, d]
 
     def attention_maps(self, words, mask):
-        """Text mode, for figures: how much each token attends to each other. -> [B, layers, heads, T, T], rows sum to 1."""
+        """Text mode: how much each token attends to each. -> [B, layers, heads, T, T]."""
         x, mask = self.embeddings(words), mask.bool()
         maps = []
         for layer in self.encoder.layer:
-            asked = layer.attention.self
-            q, k = (f(x).unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for f in (asked.query, asked.key))  # [B, heads, T, 64]
-            scores = q @ k.transpose(-2, -1) * HEAD_WIDTH**-0.5  # [B, heads, T, T]
-            maps.append(scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min).softmax(dim=-1))
+            project = layer.attention.self
+            q, k = split_heads(project.query(x)), split_heads(project.key(x))  # [B, heads, T, 64]
+            maps.append(attention_weights(q, k, mask))
             x = layer(x, mask)
         return torch.stack(maps, dim=1)

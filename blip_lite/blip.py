@@ -1,7 +1,7 @@
 """BLIP (Li et al., ICML 2022) as ISA uses it: two encoders into one space, and a matching head.
 
-B images or texts, E joint embedding (256), D image width, d_w word width, T tokens. `load` returns it frozen;
-pocket/pretrain.py trains the same class from nothing.
+B images or texts, E width of the joint space (256), D image width, d_w word width, T tokens.
+`load` returns it frozen; pocket/pretrain.py trains the same class from scratch.
 """
 
 import torch
@@ -14,65 +14,66 @@ from .vit import VisionTransformer
 
 
 class Blip(nn.Module):
-    """The visual encoder, the text encoder (also the matching encoder), their projections and the matching head.
+    """The visual encoder, the text encoder (also the matching encoder), projections, matching head.
 
-    sizes: a dict as checkpoint.infer_sizes reads it off a state dict, with image_size, patch_size, image_width,
-    image_depth, vocab_size, max_positions, word_dim, text_depth, embed_dim and, for vit.PatchEmbed's stem, stem.
+    sizes: a dict with the keys that checkpoint.infer_sizes lists; stem may be left out.
     """
 
     def __init__(self, sizes, tokenizer):
         super().__init__()
-        s = sizes
-        self.image_size, self.word_dim, self.embed_dim = s["image_size"], s["word_dim"], s["embed_dim"]
+        s, D, d_w, E = sizes, sizes["image_width"], sizes["word_dim"], sizes["embed_dim"]
+        self.image_size, self.word_dim, self.embed_dim = s["image_size"], d_w, E
         self.tokenizer = tokenizer
-        self.fingerprint = ""  # checkpoint.load sets it: which weights, at which image size
+        self.fingerprint = ""  # set by checkpoint.load: which weights, at which image size
         self.visual_encoder = VisionTransformer(
-            s["image_size"], s["patch_size"], s["image_width"], s["image_depth"], s.get("stem", False)
+            s["image_size"], s["patch_size"], D, s["image_depth"], s.get("stem", False)
         )
         self.text_encoder = TextEncoder(
-            s["vocab_size"], s["max_positions"], s["word_dim"], s["text_depth"], s["image_width"]
+            s["vocab_size"], s["max_positions"], d_w, s["text_depth"], D
         )
-        self.vision_proj = nn.Linear(s["image_width"], s["embed_dim"])
-        self.text_proj = nn.Linear(s["word_dim"], s["embed_dim"])
-        self.itm_head = nn.Linear(s["word_dim"], 2)
+        self.vision_proj = nn.Linear(D, E)
+        self.text_proj = nn.Linear(d_w, E)
+        self.itm_head = nn.Linear(d_w, 2)
         self.temp = nn.Parameter(torch.tensor(0.07))
 
     @property
     def temperature(self):
-        """tau of the contrastive loss, a Python float: BLIP's own, learnt in its pre-training."""
+        """tau of the contrastive loss, a float: BLIP's own, learnt in its pre-training."""
         return self.temp.item()
 
     def preprocess(self, pil):
-        """A PIL image of any mode and size -> float32 [3, S, S], upright, RGB, bicubic, BLIP's mean and std."""
+        """A PIL image of any mode and size -> float32 [3, S, S]; see preprocess.to_pixels."""
         return to_pixels(pil, self.image_size, MEAN, STD)
 
     def encode_image(self, pixels, cls_only=False):
-        """pixels [B, 3, S, S] -> v [B, E] of unit norm, F_v [B, 1+N, D] (after the final LayerNorm, CLS first).
+        """pixels [B, 3, S, S] -> v [B, E] unit norm, F_v [B, 1+N, D]: final LayerNorm, CLS first.
 
-        cls_only is for galleries, which need v alone: F_v is then [B, 1, D], for 7 % less work at 12 layers.
+        cls_only is for galleries, which need v alone: F_v is then [B, 1, D], for 7 % less work at
+        12 layers.
         """
         F_v = self.visual_encoder(pixels, cls_only)
         return F.normalize(self.vision_proj(F_v[:, 0]).float(), dim=-1), F_v
 
     def tokenize(self, texts):
-        """A list of B strings -> ids [B, T] and mask [B, T], int64: [CLS] ... [SEP], padded to the longest."""
+        """A list of B strings -> ids, mask [B, T] int64: [CLS] ... [SEP], padded to the longest."""
         ids, mask = self.tokenizer(texts)
         return ids.to(self.temp.device), mask.to(self.temp.device)
 
     def embed_words(self, ids):
-        """ids [B, T] -> words [B, T, d_w]: rows of the word embedding, before position embedding and LayerNorm."""
+        """ids [B, T] -> words [B, T, d_w]: word embeddings, before position and LayerNorm."""
         return self.text_encoder.embeddings.word_embeddings(ids)
 
     def encode_text(self, words, mask):
-        """words [B, T, d_w], mask [B, T] -> t [B, E] of unit norm. Text mode: no cross-attention."""
+        """words [B, T, d_w], mask [B, T] -> t [B, E] unit norm. Text mode: no cross-attention."""
         return F.normalize(self.text_proj(self.text_encoder(words, mask)).float(), dim=-1)
 
     def match(self, words, mask, F_v, rows=None):
-        """words [B, T, d_w], mask [B, T], F_v [M, 1+N, D] -> logits [B, 2], index 1 = the text matches the image.
+        """words [B, T, d_w], mask [B, T], F_v [M, 1+N, D] -> logits [B, 2], index 1 = they match.
 
-        Text i is shown image rows[i] (int64 [B]), by default its own (M = B): several texts may share an image.
-        Position 0 becomes [ENC], the token that BLIP uses in place of [CLS] in matching mode.
+        Text i looks at image rows[i] (int64 [B]); by default at its own (M = B). Position 0 becomes
+        [ENC], which replaces [CLS] in matching mode.
         """
         enc = self.embed_words(torch.tensor(self.tokenizer.enc_id, device=words.device))  # [d_w]
-        words = torch.cat([enc.to(words.dtype).expand(len(words), 1, -1), words[:, 1:]], dim=1)
+        enc = enc.to(words.dtype).expand(len(words), 1, -1)  # [B, 1, d_w]
+        words = torch.cat([enc, words[:, 1:]], dim=1)
         return self.itm_head(self.text_encoder(words, mask, F_v, rows)).float()

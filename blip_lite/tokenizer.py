@@ -1,7 +1,8 @@
-"""BERT's uncased WordPiece tokenizer (Devlin et al., 2019), written out, with the two tokens that BLIP adds.
+"""BERT's uncased WordPiece tokenizer (Devlin et al., 2019), with the two tokens that BLIP adds.
 
-Text -> words (clean, lower-case, strip accents, split at punctuation) -> pieces: the longest entry of the vocabulary
-first, and pieces inside a word begin with "##". "Sleeveless, red" -> ["sleeve", "##less", ",", "red"].
+Text -> words (clean, lower-case, strip accents, split at punctuation) -> pieces: always the longest
+entry of the vocabulary; inside a word, pieces begin with "##".
+"Sleeveless, red" -> ["sleeve", "##less", ",", "red"].
 """
 
 import re
@@ -9,27 +10,28 @@ import unicodedata
 
 import torch
 
-MAX_WORD = 100  # BERT's rule: a longer word becomes [UNK] as a whole
-CACHE_SIZE = 100_000  # words; captions repeat theirs, so nearly all of tokenization is a dictionary look-up
+MAX_WORD = 100  # characters; BERT turns a longer word into one [UNK]
+CACHE_SIZE = 100_000  # words; captions repeat theirs, so nearly every word is only looked up
 REQUIRED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-CJK = re.compile(  # the ideographs, each a word of its own (BERT's list of Unicode blocks: no kana, no Hangul)
-    "([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f\U0002b820-\U0002ceaf"
-    "\uf900-\ufaff\U0002f800-\U0002fa1f])"
+CJK = re.compile(  # ideographs, each a word of its own (BERT's Unicode blocks: no kana, no Hangul)
+    "([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f"
+    "\U0002b740-\U0002b81f\U0002b820-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f])"
 )
 
 
 class Tokenizer:
-    """A list of B strings -> ids [B, T] and mask [B, T], int64: [CLS] ... [SEP], then [PAD] up to the longest (mask 0).
+    """B strings -> ids, mask [B, T] int64: [CLS] ... [SEP], then [PAD] up to the longest (mask 0).
 
-    vocab_path: a vocab.txt with one token per line; a token's id is its line number, counted from 0. BLIP appends two
-    tokens that the file does not list: [DEC], which starts a caption, and [ENC], which replaces [CLS] in matching mode.
+    vocab_path: a vocab.txt with one token a line; a token's id is its line number, from 0. BLIP
+    adds two: [DEC], which starts a caption, and [ENC], which replaces [CLS] in matching mode.
 
-    The names of special tokens written out in a text ("[SEP]", "[ENC]", ...; this spelling only) become those tokens,
-    as in the official code, which adds both tokens to transformers' BertTokenizer (the one in Python: where that one
-    and the Rust one differ, as on a final capital sigma, this follows the former). Any Unicode is accepted; a lone
-    surrogate is dropped like a control character. Nothing is truncated: the text encoder refuses too long a text.
+    Special tokens spelled out in a text ("[SEP]", "[ENC]", ...) become those tokens, as in the
+    official code, which is transformers' BertTokenizer with both added. (Where its Python and Rust
+    versions differ, as on a final capital sigma, this follows Python.) Any Unicode is accepted; a
+    lone surrogate is dropped like a control character. Nothing is truncated: the text encoder
+    refuses a text that is too long.
 
-    Raises ValueError where the file is not a BERT vocabulary.
+    Raises ValueError if the file is not a BERT vocabulary.
     """
 
     def __init__(self, vocab_path):
@@ -37,8 +39,8 @@ class Tokenizer:
         self.dec_id = self.vocab["[DEC]"] = len(self.vocab)
         self.enc_id = self.vocab["[ENC]"] = len(self.vocab)
         self.vocab_size = len(self.vocab)  # rows of the word embedding: the file's lines and two
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id = (self.vocab[token] for token in REQUIRED)
-        special = [token for token in (*REQUIRED, "[MASK]", "[DEC]", "[ENC]") if token in self.vocab]
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id = (self.vocab[t] for t in REQUIRED)
+        special = [t for t in (*REQUIRED, "[MASK]", "[DEC]", "[ENC]") if t in self.vocab]
         self._special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
         self._names = list(self.vocab)  # id -> token
         self._cache = {}  # word as written -> its pieces
@@ -46,35 +48,38 @@ class Tokenizer:
     def __call__(self, texts):
         if isinstance(texts, str):
             raise TypeError("the tokenizer takes a list of strings, not one string")
-        rows = [[self.cls_id, *(self.vocab[p] for p in self.tokenize(text)), self.sep_id] for text in texts]
-        longest = max(map(len, rows), default=0)
-        ids = torch.tensor([row + [self.pad_id] * (longest - len(row)) for row in rows], dtype=torch.int64)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], dtype=torch.int64)
-        return ids.view(len(rows), longest), mask.view(len(rows), longest)
+        pieces = [["[CLS]", *self.tokenize(text), "[SEP]"] for text in texts]
+        longest = max(map(len, pieces), default=0)
+        padded = [row + ["[PAD]"] * (longest - len(row)) for row in pieces]
+        ids = torch.tensor([[self.vocab[p] for p in row] for row in padded], dtype=torch.int64)
+        lengths = torch.tensor([len(row) for row in pieces], dtype=torch.int64)
+        mask = (torch.arange(longest) < lengths[:, None]).long()  # [B, T]
+        return ids.view(mask.shape), mask
 
     def tokenize(self, text):
         """A string -> its pieces, without [CLS] and [SEP]."""
         pieces = []
         for i, part in enumerate(self._special.split(text)):
-            if i % 2:  # split() puts the separators, here special tokens, at odd places
+            if i % 2:  # split() puts the separators, here the special tokens, at odd places
                 pieces.append(part)
                 continue
             for word in re.split("[ \t\n\r]", part):
                 found = self._cache.get(word)
                 if found is None:
-                    found = [piece for simple in _basic_words(word) for piece in self._word_pieces(simple)]
+                    found = [p for simple in _basic_words(word) for p in self._word_pieces(simple)]
                     if len(self._cache) < CACHE_SIZE:
                         self._cache[word] = found
                 pieces += found
         return pieces
 
     def decode(self, ids):
-        """A sequence of ids -> a readable string without [PAD], [CLS], [SEP]; case, accents and spacing are lost."""
-        skip = (self.pad_id, self.cls_id, self.sep_id)
-        return " ".join(self._names[i] for i in map(int, ids) if i not in skip).replace(" ##", "")
+        """Ids -> a string without [PAD], [CLS], [SEP]; case, accents and spacing are lost."""
+        left_out = (self.pad_id, self.cls_id, self.sep_id)
+        pieces = (self._names[i] for i in map(int, ids) if i not in left_out)
+        return " ".join(pieces).replace(" ##", "")
 
     def _word_pieces(self, word):
-        """The longest vocabulary entry that begins the word, then the same for the rest; [UNK] where there is none."""
+        """Again and again the longest entry that begins what is left of the word; [UNK] if none."""
         if len(word) > MAX_WORD:
             return ["[UNK]"]
         pieces, start = [], 0
@@ -99,42 +104,40 @@ def _basic_words(text):
         text = CJK.sub(r" \1 ", text)
     words = []
     for word in text.split():
-        word = unicodedata.normalize("NFD", word.lower())  # NFD: a letter and its accents become separate characters
         current = ""
-        for c in word:
+        for c in unicodedata.normalize("NFD", word.lower()):  # NFD separates letters and accents
             kind = unicodedata.category(c)
             if kind == "Mn":  # an accent
                 continue
-            if kind[0] == "P" or c in "$+<=>^`|~":  # BERT counts every printable ASCII non-alphanumeric as punctuation
+            if kind[0] == "P" or c in "$+<=>^`|~":  # BERT adds the rest of ASCII's symbols
                 words += [current, c] if current else [c]
                 current = ""
             else:
                 current += c
-        if current:
-            words.append(current)
+        words += [current] if current else []
     return words
 
 
 def _read_vocab(path):
-    """vocab.txt -> dict token -> id, in the order of the file; ValueError where it is none."""
+    """vocab.txt -> dict token -> id, in the file's order; ValueError if it is not a vocabulary."""
     remedy = "give the vocab.txt of bert-base-uncased, or the one that belongs to the checkpoint"
     try:
         with open(path, encoding="utf-8-sig", newline=None) as file:
-            tokens = file.read().split("\n")  # not splitlines(): it splits at U+2028 and others, which may be tokens
+            tokens = file.read().removesuffix("\n").split("\n")  # splitlines() splits at U+2028 too
     except OSError as error:
-        raise ValueError(f"the vocabulary {path} cannot be read ({error.strerror}); {remedy}") from None
+        problem = f"cannot be read ({error.strerror})"
+        raise ValueError(f"the vocabulary {path} {problem}; {remedy}") from None
     except UnicodeDecodeError:
         raise ValueError(f"the vocabulary {path} is not UTF-8 text; {remedy}") from None
-    if tokens[-1] == "":  # the file's last line end
-        tokens.pop()
     vocab = {token: i for i, token in enumerate(tokens)}
     missing = [token for token in REQUIRED if token not in vocab]
+    twice = [token for i, token in enumerate(tokens) if vocab[token] != i]
+    added = [token for token in ("[DEC]", "[ENC]") if token in vocab]
     if missing:
         raise ValueError(f"the vocabulary {path} has no {', '.join(missing)}; {remedy}")
-    if len(vocab) != len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
-        raise ValueError(f"the vocabulary {path} lists {twice!r} more than once; {remedy}")
-    added = [token for token in ("[DEC]", "[ENC]") if token in vocab]
+    if twice:
+        raise ValueError(f"the vocabulary {path} lists {twice[0]!r} more than once; {remedy}")
     if added:
-        raise ValueError(f"the vocabulary {path} lists {' and '.join(added)}, which BLIP adds itself; remove the line")
+        problem = f"lists {' and '.join(added)}, which BLIP adds itself"
+        raise ValueError(f"the vocabulary {path} {problem}; remove the line")
     return vocab

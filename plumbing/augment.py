@@ -1,13 +1,14 @@
-"""Augmentation of the query model's images, by torchvision: `train.py --crop, --flip, --randaugment`.
+"""Augmentation of the query model's images: train.py's --crop, --flip and --randaugment.
 
-A module of its own, since importing torchvision takes as long as importing torch, and most commands do without.
+A module of its own: importing torchvision takes as long as importing torch, and most commands do
+not need it.
 """
 
 from torchvision import transforms
 
 
 class NeutralRandAugment(transforms.RandAugment):
-    """RandAugment without the operations after which "a red car" is no longer true."""
+    """RandAugment without the operations that can make "a red car" untrue."""
 
     KEPT = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Sharpness")
 
@@ -16,13 +17,13 @@ class NeutralRandAugment(transforms.RandAugment):
 
 
 def augmentation(size, crop, flip, randaugment):
-    """-> a function from PIL image to PIL image, drawn with torch's global generator.
+    """-> a function from PIL image to PIL image that draws from torch's global generator.
 
-    size: side of the crop in pixels; crop: the least share of the image's area that it shows (1: no cropping); flip: bool;
-    randaugment: magnitude of two operations, 0 .. 30 (0: none).
+    size: side of the crop in pixels. crop: the least share of the image's area it shows (1: no
+    cropping). randaugment: magnitude of two operations, 0 .. 30 (0: none).
     """
-    bicubic = transforms.InterpolationMode.BICUBIC
-    steps = [transforms.RandomResizedCrop(size, (crop, 1), interpolation=bicubic)] if crop < 1 else []
-    steps += [transforms.RandomHorizontalFlip()] if flip else []
+    T, bicubic = transforms, transforms.InterpolationMode.BICUBIC
+    steps = [T.RandomResizedCrop(size, (crop, 1), interpolation=bicubic)] if crop < 1 else []
+    steps += [T.RandomHorizontalFlip()] if flip else []
     steps += [NeutralRandAugment(num_ops=2, magnitude=randaugment)] if randaugment else []
-    return transforms.Compose(steps)
+    return T.Compose(steps)

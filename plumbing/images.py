@@ -1,19 +1,12 @@
-"""Images by number: files in folders, or members of tar shards as img2dataset writes them.
-
-    images = find_images("cc3m/", "cache")     # every image below the folder and in the .tar files there
-    len(images), images.name(7), images.open(7)
-
-The list is a table on disk of 40 bytes and a name for each image, of which a process reads what it needs: three million
-images take no more memory than three hundred.
-"""
+"""Images by number: files in folders, or members of tar shards as img2dataset writes them."""
 
 import hashlib
 import io
 import os
-import shutil
 import tarfile
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -23,40 +16,41 @@ from PIL import Image
 from tqdm import tqdm
 
 from plumbing.command import ignore_signals
-from plumbing.files import check_folder, clear, complete, explained, locked
+from plumbing.files import check_folder, drafted, explained
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of oddities in files that it reads all the same, two lines for each
-
-
+warnings.filterwarnings("ignore", module=r"PIL\.")  # PIL warns about files it can still read
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+DELETE = "delete its folder, then it is computed again"
 
 
 def open_image(name, file=None):
-    """A path, or a name and an open file -> a decoded PIL image, of an animation the first frame.
+    """A path, or a name and a BytesIO -> a decoded PIL image: of an animation, the first frame.
 
-    Raises ValueError, one sentence, if it is not readable. Beyond 179 million pixels, PIL's limit, it is not even decoded.
+    Raises ValueError if it is unreadable, or larger than PIL's limit of 179 million pixels.
     """
     try:
         image = Image.open(file or name)
         image.load()
         return image
     except FileNotFoundError:
-        raise ValueError(f"{name}: there is no such image; check the data set with `python evaluate.py check`") from None
+        remedy = "check the data set with `python evaluate.py check`"
+        raise ValueError(f"{name}: there is no such image; {remedy}") from None
     except Exception as error:  # PIL's decoders raise nearly anything on damaged data
-        empty = file.getbuffer().nbytes == 0 if file else os.path.isfile(name) and os.path.getsize(name) == 0
-        reason = "is empty" if empty else f"cannot be read as an image ({' '.join(str(error).split())})"
-        raise ValueError(f"{name}: {reason}; replace or remove the file") from None
+        empty = not file.getbuffer() if file else os.path.isfile(name) and not os.path.getsize(name)
+        why = "is empty" if empty else f"cannot be read as an image ({error})"
+        raise ValueError(f"{name}: {' '.join(why.split())}; replace or remove the file") from None
 
 
 class Rows:
-    """Rows of an .npy file [N, ...], read and written one by one: of a mapped file, all that was seen would stay in memory."""
+    """Rows of an .npy file [N, ...], read when they are asked for; none stays in memory."""
 
     def __init__(self, path):
         try:
             header = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError):  # numpy reports damaged files in many ways
-            raise ValueError(f"{path}: is damaged; delete its folder, it is then computed again") from None
-        self.path, self.shape, self.dtype, self.offset = Path(path), header.shape, header.dtype, header.offset
+            raise ValueError(f"{path}: is damaged; {DELETE}") from None
+        self.path, self.offset = Path(path), header.offset  # bytes before row 0
+        self.shape, self.dtype = header.shape, header.dtype
 
     def __len__(self):
         return self.shape[0]
@@ -67,135 +61,89 @@ class Rows:
         with open(self.path, "rb", buffering=0) as file:
             for row, i in zip(out, index, strict=True):
                 file.seek(self.offset + int(i) * row.nbytes)
-                if file.readinto(row) != row.nbytes:
-                    raise ValueError(f"{self.path}: ends before row {i}; delete its folder, it is then computed again")
+                if file.readinto(row) < 0:
+                    raise ValueError(f"{self.path}: ends before row {i}; {DELETE}")
         return out
-
-    def write(self, index, values):
-        """Put values [M, ...] into the rows `index`, which is in ascending order."""
-        with open(self.path, "r+b") as file:
-            for i, row in zip(index, values.astype(self.dtype), strict=True):
-                file.seek(self.offset + i * row.nbytes)
-                file.write(np.ascontiguousarray(row))
 
     def __array__(self, dtype=None, copy=None):
         return np.load(self.path).astype(dtype or self.dtype, copy=False)
 
 
 class ImageList:
-    """A sequence of images. names: bytes of all names, one after the other. table: Rows or int64 [N, 5], for each image where its
-    name begins and ends, the number of its shard (-1: a file of its own), and where it begins there and its size in bytes.
-    key tells lists of other files, and of files that have changed since, apart.
+    """A sequence of images.
+
+    names: a list of paths; or, for a stored list, a file of all names, and table int64 [N, 5] says
+    where each begins and ends there, the number of its shard or -1, its first byte and its size.
+    key: the same only for the same files, unchanged.
     """
 
-    def __init__(self, names, table, shards, key):
-        self.names, self.table, self.shards, self.key = names, table, shards, key
+    def __init__(self, names, key, table=None, shards=()):
+        self.names, self.key, self.table, self.shards = names, key, table, shards
 
     def __len__(self):
-        return len(self.table)
+        return len(self.names if self.table is None else self.table)
 
     def _find(self, i):
+        if self.table is None:
+            return self.names[i], -1, 0, 0
         begin, end, *place = self.table[[i]][0].tolist()
-        if isinstance(self.names, bytes):
-            return os.fsdecode(self.names[begin:end]), *place
         with open(self.names, "rb") as file:
             file.seek(begin)
             return os.fsdecode(file.read(end - begin)), *place
 
     def name(self, i):
-        """The path of image i; of a member of a shard the shard's path, "/", its name there."""
+        """The path of image i; for a member of a shard, the shard's path, "/", its name there."""
         return self._find(i)[0]
 
     def open(self, i):
-        """Image i, decoded. Raises ValueError, one sentence, if it is damaged or no longer there."""
+        """Image i, decoded. Raises ValueError if it is damaged or no longer there."""
         name, shard, begin, size = self._find(i)
         if shard < 0:
             return open_image(name)
         try:
             with open(self.shards[shard], "rb") as file:
                 file.seek(begin)
-                data = file.read(size)
+                return open_image(name, io.BytesIO(file.read(size)))
         except OSError as error:
-            raise ValueError(f"{self.shards[shard]}: cannot be read ({error.strerror}); restore the shard") from None
-        return open_image(name, io.BytesIO(data))
+            why = f"cannot be read ({error.strerror})"
+            raise ValueError(f"{self.shards[shard]}: {why}; restore the shard") from None
 
 
 def list_images(paths):
     """A list of paths -> ImageList, in memory: for galleries."""
-    names = [os.fsencode(path) for path in paths]
-    ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-    table = np.zeros((len(names), 5), np.int64)
-    table[:, 0], table[:, 1], table[:, 2] = np.append(0, ends[:-1]), ends, -1
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(identity(path))
-    return ImageList(b"".join(names), table, [], digest.hexdigest())
+    key = hashlib.sha256(b"".join(map(identity, paths))).hexdigest()
+    return ImageList([os.fspath(path) for path in paths], key)
 
 
 def find_images(folder, cache):
-    """Every image below `folder`, members of its .tar files included, in a fixed order -> ImageList.
+    """Every image below `folder`, members of .tar files included, in a fixed order -> ImageList.
 
-    The list is kept below `cache` until a name, a size or a time of change differs. Raises ValueError for a folder that does
-    not exist or holds fewer than two images, and for a damaged shard.
+    The list is stored below `cache`, and made anew if a name, a size or a time of change differs.
+    Raises ValueError for no folder, fewer than two images, and a damaged shard.
     """
-    _require_folder(folder)
     check_folder(cache)
     digest, shards = hashlib.sha256(), []
     for path in walk(folder):
         digest.update(identity(path))
-        if path.endswith(".tar"):
-            shards.append(path)
-    kept = Path(cache) / f"images-{digest.hexdigest()[:16]}"
-    if not kept.is_dir():
-        draft = kept.with_name(f"{kept.name}.tmp")
-        with locked(draft):
-            try:
-                clear(draft)  # of what a killed process left
-                if not kept.is_dir():  # another process may have made it while this one waited
-                    with explained(draft):
-                        _write_list(folder, shards, draft)
-                    complete(draft, kept)
-            except BaseException:
-                clear(draft)
-                raise
-    return ImageList(kept / "names", Rows(kept / "table.npy"), shards, digest.hexdigest())
-
-
-def _require_folder(folder):
-    if Path(folder).is_file():
-        raise ValueError(f"{folder}: is a file; give the folder that holds it, or a folder of images, with --images")
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder}: there is no such folder; give a folder of images with --images")
-
-
-def count_files(folder):
-    """What lies below `folder` -> {suffix: number of images or shards}, {suffix: number of other files}, paths of empty images.
-
-    Suffixes are in small letters. Raises ValueError for a folder that does not exist or cannot be searched.
-    """
-    _require_folder(folder)
-    taken, others, empty = Counter(), Counter(), []
-    for path in tqdm(walk(folder, all_files=True), desc="looking", unit=" files", disable=None, leave=False):
-        suffix = os.path.splitext(path)[1].lower()
-        if not _is_taken(path):
-            others[suffix or "no suffix"] += 1
-            continue
-        taken[suffix] += 1
-        if suffix != ".tar" and os.path.isfile(path) and os.path.getsize(path) == 0:
-            empty.append(path)
-    return taken, others, empty
-
-
-def _is_taken(path):
-    return path.lower().endswith(SUFFIXES) or path.endswith(".tar")
+        shards += [path] * path.endswith(".tar")
+    stored = Path(cache) / f"images-{digest.hexdigest()[:16]}"
+    if not stored.is_dir():
+        with drafted(stored) as draft, explained(stored):
+            if draft:
+                _write_list(folder, shards, draft)
+    return ImageList(stored / "names", digest.hexdigest(), Rows(stored / "table.npy"), shards)
 
 
 def walk(folder, all_files=False):
-    """Paths of images and shards, or of all files, folder by folder; a folder that links lead to twice is visited once."""
+    """Paths of images and shards, or of all files, folder by folder; cycles of links are cut."""
+    if not os.path.isdir(folder):
+        problem = "is a file" if os.path.exists(folder) else "there is no such folder"
+        raise ValueError(f"{folder}: {problem}; give a folder of images with --images")
     seen = set()
 
     def fail(error):
-        raise ValueError(f"{error.filename}: cannot be searched for images ({error.strerror}); mend it, or move it away")
+        why = f"cannot be searched for images ({error.strerror}); fix its permissions or move it"
+        raise ValueError(f"{error.filename}: {why}")
 
     for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         stat = os.stat(parent)
@@ -205,12 +153,16 @@ def walk(folder, all_files=False):
         seen.add((stat.st_dev, stat.st_ino))
         folders.sort()
         for name in sorted(files):
-            if all_files or _is_taken(name):
+            if all_files or is_image(name) or name.endswith(".tar"):
                 yield os.path.join(parent, name)
 
 
+def is_image(name):
+    return name.lower().endswith(SUFFIXES)
+
+
 def identity(path):
-    """What tells a file from another and from itself as it was before a change."""
+    """Bytes that identify a file as it is now, by its path, size and time of change."""
     try:
         stat = os.stat(path)
         return os.fsencode(path) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode()
@@ -219,94 +171,79 @@ def identity(path):
 
 
 def _write_list(folder, shards, out):
-    """The files names and table.npy of an ImageList, written as they come: no list of all of them is ever in memory."""
+    """Write the names and the table of an ImageList; at no time are all of them in memory."""
+    numbers = {path: i for i, path in enumerate(shards)}
     with open(out / "names", "wb") as names, open(out / "table", "wb") as table:
-        count, number = 0, {path: i for i, path in enumerate(shards)}
-        for path in tqdm(walk(folder), desc="listing images", unit=" files", disable=None, leave=False):
-            entries = _members(path) if path in number else [(path, 0, 0)]
-            for name, begin, size in entries:
+        for path in tqdm(walk(folder), "listing images", unit=" files", disable=None, leave=False):
+            for name, begin, size in _members(path) if path in numbers else [(path, 0, 0)]:
                 start = names.tell()
                 names.write(os.fsencode(name))
-                table.write(np.array([start, names.tell(), number.get(path, -1), begin, size], np.int64).tobytes())
-                count += 1
+                row = start, names.tell(), numbers.get(path, -1), begin, size
+                table.write(np.array(row, np.int64).tobytes())
+        count = table.tell() // 40
     if count < 2:
-        raise ValueError(f"{folder}: holds {count} images, training needs at least two; check --images")
-    with open(out / "table.npy", "wb") as file, open(out / "table", "rb") as table:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (count, 5)})
-        shutil.copyfileobj(table, file)
+        raise ValueError(f"{folder}: holds {count} images, training needs two; check --images")
+    np.save(out / "table.npy", np.memmap(out / "table", np.int64, "r", shape=(count, 5)))
     (out / "table").unlink()
 
 
 def _members(shard):
-    """(name, first byte, size) of every image in a .tar file; its other members (texts, tables) are passed over."""
+    """(name, first byte, size) of every image in a .tar file; its other members are skipped."""
     try:
         with tarfile.open(shard, "r:") as tar:
             while member := tar.next():
-                if member.isreg() and member.name.lower().endswith(SUFFIXES):
+                if member.isreg() and is_image(member.name):
                     yield f"{shard}/{member.name}", member.offset_data, member.size
-                tar.members.clear()  # of which tarfile would keep all
+                tar.members.clear()  # tarfile would keep them all
             tar.fileobj.seek(tar.offset)
-            if len(tar.fileobj.read(512)) < 512:  # where a block of zeros ends a whole file; tarfile does not mind
+            if len(tar.fileobj.read(512)) < 512:  # a whole file ends in zeros, unchecked by tarfile
                 raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{shard}: is not a whole, uncompressed tar file ({error}); fetch it again or remove it") from None
-
-
-class Prepared(torch.utils.data.Dataset):
-    """Row i -> (i, preprocess(image i)) or, for a damaged image, (i, the reason)."""
-
-    def __init__(self, images, preprocess, rows):
-        self.images, self.preprocess, self.rows = images, preprocess, rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, j):
-        i = self.rows[j]
-        try:
-            return i, self.preprocess(self.images.open(i))
-        except ValueError as error:
-            return i, str(error)
+        problem = f"is not a whole, uncompressed tar file ({error})"
+        raise ValueError(f"{shard}: {problem}; download it again or remove it") from None
 
 
 def load_images(images, preprocess, batch_size, workers, rows=None, pin_memory=False):
-    """In order, batches of (row numbers, their pixels [M, 3, S, S] or None if M = 0, {row: why it is damaged}).
+    """Read rows of an ImageList, by default all, in order, by worker processes -> batches.
 
-    images: an ImageList; rows: a range of them, by default all.
+    A batch: M row numbers, their pixels [M, 3, S, S] (None if M = 0), {row: why it is damaged}.
     """
-    data = Prepared(images, preprocess, range(len(images)) if rows is None else rows)
-    return torch.utils.data.DataLoader(data, batch_size, num_workers=workers, collate_fn=_sort_out, pin_memory=pin_memory,
-                                       worker_init_fn=ignore_signals)  # fmt: skip
+    rows, read = range(len(images)) if rows is None else rows, partial(_read, images, preprocess)
+    options = dict(num_workers=workers, worker_init_fn=ignore_signals, pin_memory=pin_memory)
+    return torch.utils.data.DataLoader(rows, batch_size, collate_fn=read, **options)
 
 
-def _sort_out(samples):
-    good = [(i, pixels) for i, pixels in samples if not isinstance(pixels, str)]
-    bad = {i: why for i, why in samples if isinstance(why, str)}
-    return [i for i, _ in good], torch.stack([pixels for _, pixels in good]) if good else None, bad
-
-
-TRAINING_TREE = f"""\
-NAME.jpg or {", ".join(SUFFIXES[1:])}, in any sub-folders
-00000.tar                                         shards of such images, uncompressed, as img2dataset writes them"""
+def _read(images, preprocess, rows):
+    pixels, damaged = {}, {}
+    for i in rows:
+        try:
+            pixels[i] = preprocess(images.open(i))
+        except ValueError as error:
+            damaged[i] = str(error)
+    return list(pixels), torch.stack(list(pixels.values())) if pixels else None, damaged
 
 
 def check_images(folder, cache_dir, sample=200):
-    """A training folder: what train.py would find there. A random sample of its images is decoded, all empty ones are found."""
-    print(f"expected below {folder}:\n\n{TRAINING_TREE}\n")
-    taken, others, empty = count_files(folder)
-    for what, counts in (("images and shards", taken), ("passed over", others)):
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items(), key=lambda pair: -pair[1])[:8])
-        print(f"{what}: {sum(counts.values())} files{f' ({kinds})' if kinds else ''}")
+    """Print what train.py would find in a folder; ValueError if over 1 % is empty or damaged."""
+    print(f"expected below {folder}:\n\nNAME.jpg or {', '.join(SUFFIXES[1:])}, in any sub-folders")
+    print(f"{'00000.tar':50}shards of such images, uncompressed, as img2dataset writes them\n")
+    counts, empty = {"images and shards": Counter(), "passed over": Counter()}, []
+    for path in tqdm(walk(folder, True), "looking", unit=" files", disable=None, leave=False):
+        what = "images and shards" if is_image(path) or path.endswith(".tar") else "passed over"
+        counts[what][os.path.splitext(path)[1].lower() or "no suffix"] += 1
+        if is_image(path) and os.path.isfile(path) and os.path.getsize(path) == 0:
+            empty.append(f"{path}: is empty")
+    for what, kinds in counts.items():
+        listed = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common(8))
+        print(f"{what}: {kinds.total()} files{f' ({listed})' if listed else ''}")
     images = find_images(folder, cache_dir)
     rows = sorted(Random(0).sample(range(len(images)), min(sample, len(images))))
-    damaged = []
-    for i in rows:
-        try:
-            images.open(i)
-        except ValueError as error:
-            damaged.append(str(error))
-    print(f"{len(images)} images to train on; {len(empty)} are empty; of {len(rows)} that were decoded {len(damaged)} are damaged")
-    for why in [*(f"{path}: is empty" for path in empty), *damaged][:5]:
+    decoded = load_images(images, lambda image: torch.empty(0), 1, 0, rows)
+    damaged = [why for _, _, bad in decoded for why in bad.values()]
+    found = f"of {len(rows)} that were decoded {len(damaged)} are damaged"
+    print(f"{len(images)} images to train on; {len(empty)} are empty; {found}")
+    for why in [*empty, *damaged][:5]:
         print(f"  {why}")
     if len(empty) > 0.01 * len(images) or len(damaged) > 0.01 * len(rows):
-        raise ValueError(f"{folder}: more than 1 % of the images are damaged; mend them, or train with --skip-bad-images")
+        remedy = "fix them, or train with --skip-bad-images"
+        raise ValueError(f"{folder}: more than 1 % of the images are damaged; {remedy}")

@@ -33,7 +33,7 @@ from torchvision import models
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from test_blip_lite import filled, hugging_face  # noqa: E402
+from made_up import filled, hugging_face  # noqa: E402
 
 import benchmarks  # noqa: E402
 import blip_lite  # noqa: E402

@@ -1,6 +1,6 @@
-"""blip_lite against transformers' BLIP with made-up weights, the official checkpoints' keys, torchvision, safetensors.
+"""blip_lite against transformers' BLIP, the official checkpoints' keys, torchvision, safetensors.
 
-Nothing is downloaded. Test models have real widths; only the one with the official keys has the real depth.
+Weights are made up. Models have the real widths; one, with the official keys, has the real depth.
 """
 
 import hashlib
@@ -9,23 +9,22 @@ import json
 import os
 import re
 import string
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DATA
+from made_up import filled, hugging_face, inputs, weights
 from PIL import Image, ImageOps
 from torchvision import transforms
 
 import blip_lite
 from blip_lite.checkpoint import _read_safetensors
-from blip_lite.vit import attention, resize_position_embedding
+from blip_lite.vit import attention
 
-SHARED = Path(os.environ.get("ISA_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-DATA = SHARED / "data" if (SHARED / "data").is_dir() else SHARED
-ROOT = Path(blip_lite.__file__).resolve().parents[1]
-TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase)]
+LETTERS = string.ascii_lowercase
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *LETTERS, *(f"##{c}" for c in LETTERS)]
 
 
 @pytest.fixture(scope="session")
@@ -33,57 +32,6 @@ def vocab(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
     path.write_text("\n".join(TOKENS) + "\n")
     return path
-
-
-def hugging_face(image_size, depth, vocab_size, patch_size=16):
-    """transformers' BLIP with the settings of Salesforce's, some of which are not its defaults. On the meta device."""
-    from transformers import BlipConfig, BlipForImageTextRetrieval, BlipTextConfig, BlipVisionConfig
-
-    text = BlipTextConfig(
-        vocab_size=vocab_size, num_attention_heads=12, num_hidden_layers=depth, layer_norm_eps=1e-12, hidden_act="gelu"
-    )
-    vision = BlipVisionConfig(
-        image_size=image_size, patch_size=patch_size, num_hidden_layers=depth, layer_norm_eps=1e-6, hidden_act="gelu"
-    )
-    config = BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), image_text_hidden_size=256)
-    with torch.device("meta"):
-        return BlipForImageTextRetrieval(config).eval()
-
-
-def made_up(shapes, seed=0):
-    """{name: shape} -> made-up weights: biases not 0, LayerNorms not 1, matrices large enough for peaked softmaxes.
-
-    All matrices are windows into one buffer, which keeps a model of the real size small in memory and on disk.
-    """
-    random = torch.Generator().manual_seed(seed)
-    buffer = torch.randn(max(shape.numel() for shape in shapes.values()) + 65536, generator=random) * 0.05
-    state = {}
-    for i, (name, shape) in enumerate(shapes.items()):
-        if len(shape) > 1:
-            state[name] = buffer[997 * i % 65536 :][: shape.numel()].view(shape)
-        else:
-            norm = re.search(r"norm\w*\.weight$", name, re.IGNORECASE)
-            state[name] = (1 if norm else 0) + 0.2 * torch.randn(shape, generator=random)
-    return state
-
-
-def filled(model, seed=0):
-    state = made_up({name: tensor.shape for name, tensor in model.state_dict().items()}, seed)
-    model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-    for module in model.modules():  # constants that are in no state dict
-        if hasattr(module, "position_ids"):
-            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
-    return model
-
-
-def inputs(blip, batch=3, seed=1):
-    """Made-up pixels, ids and a mask with padding in it."""
-    random = torch.Generator().manual_seed(seed)
-    pixels = torch.randn(batch, 3, blip.image_size, blip.image_size, generator=random)
-    ids = torch.randint(4, blip.tokenizer.vocab_size - 2, (batch, 9), generator=random)
-    mask = torch.arange(9)[None] < torch.tensor([9, 5, 7, 2])[:batch, None]
-    ids[:, 0] = blip.tokenizer.cls_id
-    return pixels, ids.where(mask, blip.tokenizer.pad_id), mask.long()
 
 
 def difference(a, b):
@@ -95,17 +43,19 @@ def difference(a, b):
 def assert_same_as_transformers(blip, theirs):
     pixels, ids, mask = inputs(blip)
     v, F_v = blip.encode_image(pixels)
-    F_v_theirs = theirs.vision_model(pixels).last_hidden_state
+    resized = {"interpolate_pos_encoding": True}  # where the image is of another size
+    F_v_theirs = theirs.vision_model(pixels, **resized).last_hidden_state
     assert difference(F_v, F_v_theirs) < 2e-5
     assert difference(v, F.normalize(theirs.vision_proj(F_v_theirs[:, 0]), dim=-1)) < 2e-6
 
     words = blip.embed_words(ids)
     hidden = theirs.text_encoder(ids, mask).last_hidden_state[:, 0]
-    assert difference(blip.encode_text(words, mask), F.normalize(theirs.text_proj(hidden), dim=-1)) < 2e-6
+    t = F.normalize(theirs.text_proj(hidden), dim=-1)
+    assert difference(blip.encode_text(words, mask), t) < 2e-6
 
     enc_ids = ids.clone()
-    enc_ids[:, 0] = blip.tokenizer.enc_id  # the official code does this; transformers leaves it to its caller
-    logits = theirs(enc_ids, pixels, attention_mask=mask, use_itm_head=True).itm_score
+    enc_ids[:, 0] = blip.tokenizer.enc_id  # as the official code does; transformers leaves it to us
+    logits = theirs(enc_ids, pixels, attention_mask=mask, use_itm_head=True, **resized).itm_score
     assert difference(blip.match(words, mask, F_v), logits) < 1e-5
     assert logits.std(0).min() > 0.01, "these made-up weights could not tell a wrong matching head"
 
@@ -119,7 +69,7 @@ def test_savings_change_no_value(pocket_blip):
     pixels, ids, mask = inputs(pocket_blip)
     v, F_v = pocket_blip.encode_image(pixels)
     alone, cls = pocket_blip.encode_image(pixels, cls_only=True)
-    assert cls.shape == (3, 1, 128) and difference(alone, v) < 1e-6 and difference(cls, F_v[:, :1]) < 1e-5
+    assert difference(alone, v) < 1e-6 and difference(cls, F_v[:, :1]) < 1e-5
     rows = torch.tensor([2, 0, 2])
     words = pocket_blip.embed_words(ids)
     shared = pocket_blip.match(words, mask, F_v, rows)
@@ -128,7 +78,7 @@ def test_savings_change_no_value(pocket_blip):
 
 
 def test_fused_and_explicit_attention_agree():
-    """Without a gradient PyTorch's fused kernel runs, with one the printed form: same values, also under a mask."""
+    """Without a gradient PyTorch's fused kernel runs, with one the explicit form."""
     q, k, v = torch.randn(3, 2, 5, 128, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
     for m in (None, mask):
@@ -147,29 +97,31 @@ def small(vocab, tmp_path_factory):
     return model, folder
 
 
-def test_224_px_equals_transformers(small):
-    model, folder = small
-    assert_same_as_transformers(blip_lite.load(folder), model)
+@pytest.fixture(scope="module")
+def blip(small):
+    return blip_lite.load(small[1])
+
+
+def test_224_px_equals_transformers(blip, small):
+    assert_same_as_transformers(blip, small[0])
 
 
 def test_384_px_equals_transformers(vocab, tmp_path):
     model = filled(hugging_face(384, 1, len(TOKENS) + 2), seed=3)
     model.save_pretrained(tmp_path)
     blip = blip_lite.load(tmp_path / "model.safetensors", vocab=vocab)
-    assert blip.image_size == 384 and blip.encode_image(torch.zeros(1, 3, 384, 384))[1].shape == (1, 577, 768)
+    assert blip.encode_image(torch.zeros(1, 3, 384, 384))[1].shape == (1, 577, 768)
     assert_same_as_transformers(blip, model)
 
 
-def test_frozen_and_described(small):
-    blip = blip_lite.load(small[1])
+def test_frozen_and_described(blip):
     assert not blip.training and not any(p.requires_grad for p in blip.parameters())
     assert {p.dtype for p in blip.parameters()} == {torch.float32}
     assert (blip.image_size, blip.word_dim, blip.embed_dim) == (224, 768, 256)
     assert blip.temperature == pytest.approx(0.07)  # transformers' file has none
 
 
-def test_position_zero_of_words_does_not_matter_to_matching(small):
-    blip = blip_lite.load(small[1])
+def test_position_zero_of_words_does_not_matter_to_matching(blip):
     pixels, ids, mask = inputs(blip)
     words, F_v = blip.embed_words(ids), blip.encode_image(pixels)[1]
     other = torch.cat([words[:, :1] + 1, words[:, 1:]], dim=1)
@@ -177,23 +129,16 @@ def test_position_zero_of_words_does_not_matter_to_matching(small):
     assert not torch.equal(blip.encode_text(words, mask), blip.encode_text(other, mask))
 
 
-def test_padding_does_not_matter(small):
-    blip = blip_lite.load(small[1])
+def test_padding_does_not_matter(blip):
     (ids, mask), F_v = blip.tokenize(["a b c", "a"]), blip.encode_image(inputs(blip, 2)[0])[1]
     assert ids.tolist()[1] == [2, 4, 3, 0, 0]
-    wide, wide_mask = F.pad(ids, (0, 6)), F.pad(mask, (0, 6))
-    assert (
-        difference(blip.encode_text(blip.embed_words(ids), mask), blip.encode_text(blip.embed_words(wide), wide_mask))
-        < 2e-6
-    )
-    assert (
-        difference(blip.match(blip.embed_words(ids), mask, F_v), blip.match(blip.embed_words(wide), wide_mask, F_v))
-        < 1e-5
-    )
+    a = blip.embed_words(ids), mask
+    b = blip.embed_words(F.pad(ids, (0, 6))), F.pad(mask, (0, 6))
+    assert difference(blip.encode_text(*a), blip.encode_text(*b)) < 2e-6
+    assert difference(blip.match(*a, F_v), blip.match(*b, F_v)) < 1e-5
 
 
-def test_gradient_reaches_the_words_and_not_blip(small):
-    blip = blip_lite.load(small[1])
+def test_gradient_reaches_the_words_and_not_blip(blip):
     pixels, ids, mask = inputs(blip)
     words = blip.embed_words(ids).clone().requires_grad_()
     v, F_v = blip.encode_image(pixels)
@@ -206,8 +151,7 @@ def test_gradient_reaches_the_words_and_not_blip(small):
     assert all(p.grad is None for p in blip.parameters())
 
 
-def test_autocast_to_bfloat16(small):
-    blip = blip_lite.load(small[1])
+def test_autocast_to_bfloat16(blip):
     pixels, ids, mask = inputs(blip)
     words = blip.embed_words(ids).clone().requires_grad_()
     v, F_v = blip.encode_image(pixels)
@@ -223,20 +167,19 @@ def test_autocast_to_bfloat16(small):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-def test_cuda_equals_the_cpu(small):
-    cpu, cuda = blip_lite.load(small[1]), blip_lite.load(small[1], device="cuda")
-    pixels, ids, mask = inputs(cpu)
-    v, F_v = cpu.encode_image(pixels)
+def test_cuda_equals_the_cpu(blip, small):
+    cuda = blip_lite.load(small[1], device="cuda")
+    pixels, ids, mask = inputs(blip)
+    v, F_v = blip.encode_image(pixels)
     v_cuda, F_v_cuda = cuda.encode_image(pixels.cuda())
     assert difference(v, v_cuda.cpu()) < 1e-4
     assert all(x.is_cuda for x in cuda.tokenize(["a b"]))
     words = cuda.embed_words(ids.cuda())
     logits = cuda.match(words, mask.cuda(), F_v_cuda)
-    assert difference(cpu.match(cpu.embed_words(ids), mask, F_v), logits.cpu()) < 1e-3
+    assert difference(blip.match(blip.embed_words(ids), mask, F_v), logits.cpu()) < 1e-3
 
 
-def test_inputs_of_a_wrong_size_are_named(small):
-    blip = blip_lite.load(small[1])
+def test_inputs_of_a_wrong_size_are_named(blip):
     with pytest.raises(ValueError, match=r"should be \[B, 3, 224, 224\], not \[1, 3, 384, 384\]"):
         blip.encode_image(torch.zeros(1, 3, 384, 384))
     with pytest.raises(ValueError, match=r"not \[3, 224, 224\]"):
@@ -257,15 +200,15 @@ def official(name):
     return {key: (torch.Size(shape), getattr(torch, dtype)) for key, shape, dtype in keys}
 
 
-RENAMED = {  # Salesforce's names -> transformers', written down here a second time: the package has the other direction
+RENAMED = {  # Salesforce's names -> transformers'; the package has the other direction
     r"^visual_encoder\.cls_token": "vision_model.embeddings.class_embedding",
     r"^visual_encoder\.pos_embed": "vision_model.embeddings.position_embedding",
     r"^visual_encoder\.patch_embed\.proj": "vision_model.embeddings.patch_embedding",
     r"^visual_encoder\.norm": "vision_model.post_layernorm",
-    r"^visual_encoder\.blocks\.(\d+)\.norm(\d)": r"vision_model.encoder.layers.\1.layer_norm\2",
-    r"^visual_encoder\.blocks\.(\d+)\.attn\.qkv": r"vision_model.encoder.layers.\1.self_attn.qkv",
-    r"^visual_encoder\.blocks\.(\d+)\.attn\.proj": r"vision_model.encoder.layers.\1.self_attn.projection",
-    r"^visual_encoder\.blocks\.(\d+)\.mlp": r"vision_model.encoder.layers.\1.mlp",
+    r"^visual_encoder\.blocks": "vision_model.encoder.layers",
+    r"(layers\.\d+)\.norm(\d)": r"\1.layer_norm\2",
+    r"(layers\.\d+)\.attn\.qkv": r"\1.self_attn.qkv",
+    r"(layers\.\d+)\.attn\.proj": r"\1.self_attn.projection",
 }
 
 
@@ -277,23 +220,26 @@ def renamed(key):
 
 @pytest.mark.parametrize("name, wrapped", [("pretrain", True), ("retrieval", False)])
 def test_official_keys_at_the_real_size(name, wrapped, tmp_path):
-    """Exactly the keys, shapes and dtypes of the official file; what ISA does not use is a file of zeros of no size."""
+    """The keys, shapes and dtypes of the official file; what ISA ignores is zeros."""
     keys = official(name)
     unused = re.compile(r".*(_m\.|queue|position_ids|text_decoder)")
     used = {key: shape for key, (shape, _) in keys.items() if not unused.match(key)}
-    state = made_up(used) | {"temp": torch.tensor(0.05)}
-    rest = {key: torch.zeros((), dtype=dtype).expand(shape) for key, (shape, dtype) in keys.items() if key not in used}
+    state = weights(used) | {"temp": torch.tensor(0.05)}
+    rest = {key: torch.zeros((), dtype=dtype).expand(shape)
+            for key, (shape, dtype) in keys.items() if key not in used}  # fmt: skip
     assert len(state | rest) == len(keys)
     path = tmp_path / f"{name}.pth"
     torch.save({"model": state | rest, "epoch": 19} if wrapped else state | rest, path)
 
     blip = blip_lite.load(path, vocab=DATA / "bert" / "vocab.txt")
-    assert blip.image_size == {"pretrain": 224, "retrieval": 384}[name] and blip.temperature == pytest.approx(0.05)
+    assert blip.image_size == {"pretrain": 224, "retrieval": 384}[name]
+    assert blip.temperature == pytest.approx(0.05)
     assert (len(blip.visual_encoder.blocks), len(blip.text_encoder.encoder.layer)) == (12, 12)
     assert set(blip.state_dict()) == set(used)
     if name == "pretrain":
         theirs = hugging_face(224, 12, 30524)
-        theirs.load_state_dict({renamed(key): tensor for key, tensor in state.items() if key != "temp"}, assign=True)
+        renamed_state = {renamed(key): x for key, x in state.items() if key != "temp"}
+        theirs.load_state_dict(renamed_state, assign=True)
         theirs.text_encoder.embeddings.position_ids = torch.arange(512)[None]
         theirs.vision_model.embeddings.position_ids = torch.arange(197)[None]
         assert_same_as_transformers(blip, theirs)
@@ -313,69 +259,42 @@ def test_large_is_read_off_the_shapes():
     shapes |= {f"text_encoder.encoder.layer.{i}.attention.self.key.bias": (768,) for i in range(12)}
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     assert blip_lite.infer_sizes(state, 384) == {
-        "image_size": 384, "patch_size": 16, "stem": False, "image_width": 1024, "image_depth": 24, "vocab_size": 30524,
-        "max_positions": 512, "word_dim": 768, "text_depth": 12, "embed_dim": 256,
+        "image_size": 384, "patch_size": 16, "stem": False, "image_width": 1024, "image_depth": 24,
+        "vocab_size": 30524, "max_positions": 512, "word_dim": 768, "text_depth": 12,
+        "embed_dim": 256,
     }  # fmt: skip
     with torch.device("meta"):
         blip = blip_lite.Blip(blip_lite.infer_sizes(state), None)
     layer = blip.text_encoder.encoder.layer[0]
     assert layer.crossattention.self.key.weight.shape == (768, 1024)
     assert layer.attention.self.key.weight.shape == (768, 768)
-    assert sum(p.numel() for p in blip.visual_encoder.parameters()) == 303_301_632  # ViT-L/16 without its classifier
+    numbers = sum(p.numel() for p in blip.visual_encoder.parameters())
+    assert numbers == 303_301_632  # ViT-L/16 without its classifier
 
 
-# ---- position embeddings ----
+# ---- another image size ----
 
 
-def cubic(x, a=-0.75):
-    """Keys' cubic kernel, with the a that PyTorch uses."""
-    x = abs(x)
-    if x <= 1:
-        return (a + 2) * x**3 - (a + 3) * x**2 + 1
-    return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
-
-
-def resize_row(row, size):
-    """[n, ...] -> [size, ...]: centres aligned (align_corners False), edges repeated, four taps also when shrinking."""
-    out = []
-    for i in range(size):
-        centre = (i + 0.5) * len(row) / size - 0.5
-        taps = range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3)
-        out.append(sum(cubic(centre - tap) * row[min(max(tap, 0), len(row) - 1)] for tap in taps))
-    return np.stack(out)
-
-
-@pytest.mark.parametrize("old, new", [(4, 6), (7, 4), (14, 24), (5, 5)])
-def test_position_embedding_is_resized_bicubically(old, new):
-    pos = torch.randn(1, 1 + old * old, 8, dtype=torch.float64)
-    grid = pos[0, 1:].view(old, old, 8).numpy()
-    by_hand = resize_row(resize_row(grid, new).swapaxes(0, 1), new).swapaxes(0, 1)
-    got = resize_position_embedding(pos, new * 16, 16)
-    assert difference(got[0, 1:], torch.from_numpy(by_hand.reshape(-1, 8))) < 1e-5
-    assert torch.equal(got[:, 0], pos[:, 0])
-
-
-def test_load_at_another_image_size(small):
-    native, wide = blip_lite.load(small[1]), blip_lite.load(small[1], image_size=288)
-    expected = resize_position_embedding(native.visual_encoder.pos_embed, 288, 16)
-    assert torch.equal(wide.visual_encoder.pos_embed, expected)
-    assert wide.encode_image(torch.zeros(1, 3, 288, 288))[1].shape == (1, 1 + 18 * 18, 768)
-    assert native.fingerprint.endswith("@224") and wide.fingerprint == native.fingerprint.replace("@224", "@288")
+@pytest.mark.parametrize("size", [192, 288])
+def test_position_embeddings_are_resized_as_in_transformers(blip, small, size):
+    other = blip_lite.load(small[1], image_size=size)
+    assert other.visual_encoder.pos_embed.shape == (1, 1 + (size // 16) ** 2, 768)
+    assert_same_as_transformers(other, small[0])
     sha256 = hashlib.sha256((small[1] / "model.safetensors").read_bytes()).hexdigest()
-    assert native.fingerprint == f"{sha256[:16]}@224"
+    assert (blip.fingerprint, other.fingerprint) == (f"{sha256[:16]}@224", f"{sha256[:16]}@{size}")
 
 
 @pytest.mark.parametrize("size", [225, 8, 0, -16, 224.5])
 def test_image_size_has_to_fit_the_patches(small, size):
-    with pytest.raises(ValueError, match=f"image size {size} is not a multiple of the patch size 16"):
+    with pytest.raises(ValueError, match=f"size {size} is not a multiple of the patch size 16"):
         blip_lite.load(small[1], image_size=size)
 
 
 # ---- files of weights: a tiny BLIP of the pocket's kind ----
 
 SIZES = {
-    "image_size": 32, "patch_size": 8, "image_width": 64, "image_depth": 1, "vocab_size": len(TOKENS) + 2,
-    "max_positions": 32, "word_dim": 64, "text_depth": 2, "embed_dim": 16,
+    "image_size": 32, "patch_size": 8, "image_width": 64, "image_depth": 1, "max_positions": 32,
+    "vocab_size": len(TOKENS) + 2, "word_dim": 64, "text_depth": 2, "embed_dim": 16,
 }  # fmt: skip
 
 
@@ -403,7 +322,6 @@ def test_save_and_load(either, vocab, tmp_path):
         either.temp.fill_(0.02)
     path = tmp_path / "blip.pth"
     blip_lite.save(either, path)
-    assert [p.name for p in tmp_path.iterdir()] == ["blip.pth"]
     stored = torch.load(path, weights_only=True)["model"]
     assert {t.dtype for name, t in stored.items() if name != "temp"} == {torch.float16}
     loaded = blip_lite.load(path, vocab=vocab)
@@ -411,53 +329,37 @@ def test_save_and_load(either, vocab, tmp_path):
     assert loaded.temperature == either.temperature and loaded.image_size == 32
     pixels = inputs(loaded)[0]
     assert difference(loaded.encode_image(pixels)[0], either.encode_image(pixels)[0]) < 0.01
-    blip_lite.save(loaded, tmp_path / "again.pth")
+    with open(tmp_path / "again.pth", "wb") as file:
+        blip_lite.save(loaded, file)
     assert_same_weights(loaded, blip_lite.load(tmp_path / "again.pth", vocab=vocab))
-    assert path.read_bytes() == (tmp_path / "again.pth").read_bytes()
 
 
-def test_a_failed_save_leaves_the_old_file(tiny, vocab, tmp_path, monkeypatch):
-    path = tmp_path / "blip.pth"
-    blip_lite.save(tiny, path)
-    before = path.read_bytes()
-
-    def half(state, file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(KeyboardInterrupt):
-        blip_lite.save(tiny, path)
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-def test_all_hugging_face_files_give_the_same_weights(small, vocab, tmp_path):
-    model, folder = small
-    reference = blip_lite.load(folder)
+def test_all_hugging_face_files_give_the_same_weights(blip, small, vocab, tmp_path):
+    model = small[0]
     model.save_pretrained(tmp_path / "shards", max_shard_size="30MB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     state = model.state_dict()
-    state["text_encoder.embeddings.position_ids"] = torch.arange(512)[None]  # as older files have it
-    names = sorted(state)
+    state["text_encoder.embeddings.position_ids"] = torch.arange(512)[None]  # as in older files
     (tmp_path / "bin").mkdir()
     torch.save(state, tmp_path / "bin" / "pytorch_model.bin")
-    (tmp_path / "bins").mkdir()
-    torch.save({name: state[name] for name in names[:20]}, tmp_path / "bins" / "pytorch_model-1.bin")
-    torch.save({name: state[name] for name in names[20:]}, tmp_path / "bins" / "pytorch_model-2.bin")
-    index = {"weight_map": {name: f"pytorch_model-{1 if name in names[:20] else 2}.bin" for name in names}}
-    (tmp_path / "bins" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)  # PyTorch before 1.6
+    bins = tmp_path / "bins"
+    bins.mkdir()
+    shards = {name: f"pytorch_model-{1 + i % 2}.bin" for i, name in enumerate(state)}
+    for shard in set(shards.values()):
+        torch.save({k: x for k, x in state.items() if shards[k] == shard}, bins / shard)
+    index = bins / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)  # PyTorch 1.5
     for source in ("shards", "bin", "bins", "bin/pytorch_model.bin", "old.bin"):
-        blip = blip_lite.load(tmp_path / source, vocab=vocab)
-        assert_same_weights(blip, reference)
-        assert blip.fingerprint != reference.fingerprint
-    (tmp_path / "bins" / "pytorch_model-1.bin").unlink()
+        loaded = blip_lite.load(tmp_path / source, vocab=vocab)
+        assert_same_weights(loaded, blip)
+        assert loaded.fingerprint != blip.fingerprint
+    (bins / "pytorch_model-1.bin").unlink()
     with pytest.raises(ValueError, match="lists pytorch_model-1.bin, which is not there"):
-        blip_lite.load(tmp_path / "bins", vocab=vocab)
-    index["weight_map"]["vision_proj.bias"] = "../old.bin"
-    (tmp_path / "bins" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        blip_lite.load(bins, vocab=vocab)
+    index.write_text(json.dumps({"weight_map": shards | {"vision_proj.bias": "../old.bin"}}))
     with pytest.raises(ValueError, match="not an index"):
-        blip_lite.load(tmp_path / "bins", vocab=vocab)
+        blip_lite.load(bins, vocab=vocab)
 
 
 def test_loaded_weights_outlive_their_file(tiny, vocab, tmp_path):
@@ -467,18 +369,6 @@ def test_loaded_weights_outlive_their_file(tiny, vocab, tmp_path):
     with open(path, "r+b") as file:
         file.write(bytes(path.stat().st_size))
     assert_same_weights(blip, tiny)
-
-
-def test_the_pocket_blip_loads():
-    if not (ROOT / "pocket" / "blip.pth").is_file():
-        pytest.skip("pocket/blip.pth is not there: python -m pocket.pretrain makes it")
-    blip = blip_lite.load("pocket")
-    v, F_v = blip.encode_image(blip.preprocess(Image.new("RGB", (64, 64), "red"))[None])
-    ids, mask = blip.tokenize(["a red ball"])
-    words = blip.embed_words(ids)
-    t = blip.encode_text(words, mask)
-    assert v.shape == t.shape == (1, blip.embed_dim) and blip.match(words, mask, F_v).shape == (1, 2)
-    assert blip.tokenizer.unk_id not in ids
 
 
 def test_wrong_keys_are_listed_in_one_error(tiny, vocab, tmp_path):
@@ -492,31 +382,29 @@ def test_wrong_keys_are_listed_in_one_error(tiny, vocab, tmp_path):
         blip_lite.load(tmp_path / "odd.pth", vocab=vocab)
     message = str(error.value)
     for part in (
-        "odd.pth", "2 missing: ", "itm_head.bias", "layer.1.output.dense.weight", "21 unexpected: classifier.weight",
-        "extra.8", "1 of another shape: visual_encoder.norm.bias [65] instead of [64]",
+        "odd.pth", "2 missing: ", "itm_head.bias", "layer.1.output.dense.weight", "21 unexpected: ",
+        "classifier.weight", "extra.8", "1 of another shape: ", "norm.bias [65] instead of [64]",
     ):  # fmt: skip
         assert part in message
     assert "extra.9" not in message and "\n" not in message
 
 
-def test_momentum_copies_do_not_stand_in_for_the_model(tiny, vocab, tmp_path):
-    state = {name.replace("vision_proj.", "vision_proj_m."): tensor for name, tensor in tiny.state_dict().items()}
-    torch.save(state, tmp_path / "m.pth")
-    with pytest.raises(ValueError, match="vision_proj.weight is missing"):
-        blip_lite.load(tmp_path / "m.pth", vocab=vocab)
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"visual_encoder.pos_embed": torch.zeros(1, 18, 64)}, "18 tokens are no square grid"),
-        ({"visual_encoder.pos_embed": torch.zeros(1, 17, 96)}, "image encoder is 96 wide, not a multiple of 64"),
-        ({"text_encoder.embeddings.word_embeddings.weight": torch.zeros(58, 100)}, "text encoder is 100 wide"),
-        ({"visual_encoder.pos_embed": torch.zeros(17, 64)}, "pos_embed is missing or of another kind"),
+        ({"visual_encoder.pos_embed": (1, 18, 64)}, "18 tokens are not a square grid"),
+        ({"visual_encoder.pos_embed": (1, 17, 96)}, "image encoder is 96 wide, not a multiple of"),
+        ({"text_encoder.embeddings.word_embeddings.weight": (58, 99)}, "text encoder is 99 wide"),
+        ({"visual_encoder.pos_embed": (17, 64)}, "pos_embed is missing or of another kind"),
+        ({"vision_proj.weight": None, "vision_proj_m.weight": (16, 64)}, "proj.weight is missing"),
     ],
 )
 def test_sizes_of_no_blip(tiny, vocab, tmp_path, change, message):
-    torch.save(tiny.state_dict() | change, tmp_path / "odd.pth")
+    """The last one has a momentum copy, which does not stand in for the model."""
+    state = tiny.state_dict()
+    for name, shape in change.items():
+        state[name] = shape and torch.zeros(shape)
+    torch.save({name: x for name, x in state.items() if x is not None}, tmp_path / "odd.pth")
     with pytest.raises(ValueError, match=message):
         blip_lite.load(tmp_path / "odd.pth", vocab=vocab)
 
@@ -524,12 +412,6 @@ def test_sizes_of_no_blip(tiny, vocab, tmp_path, change, message):
 class WantsCode:
     def __reduce__(self):
         return os.system, ("echo this must not run",)
-
-
-def truncated(tiny):
-    file = io.BytesIO()
-    torch.save(tiny.state_dict(), file)
-    return file.getvalue()[:-5000]
 
 
 def pickled(value, **options):
@@ -541,23 +423,24 @@ def pickled(value, **options):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (lambda tiny: b"", "is empty"),
-        (lambda tiny: b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
-        (lambda tiny: b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>", "is a web page"),
-        (lambda tiny: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
-        (lambda tiny: b"some text", "damaged or not a file of PyTorch weights"),
-        (truncated, "damaged or not a file of PyTorch weights"),
-        (lambda tiny: pickled({"model": WantsCode()}), r"wants to run code \(.*system\), which is refused"),
-        (lambda tiny: pickled(WantsCode(), _use_new_zipfile_serialization=False), "wants to run code"),
-        (lambda tiny: pickled([1, 2]), "holds no state dict"),
-        (lambda tiny: pickled({}), "holds no state dict"),
-        (lambda tiny: pickled({"epoch": 3, "x": torch.zeros(1)}), "holds epoch, not tensors"),
-        (lambda tiny: pickled({"x": torch.zeros(1)}), "not a BLIP for image-text retrieval"),
+        (b"", "is empty"),
+        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
+        (b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
+        (b"some text", "damaged or not a file of PyTorch weights"),
+        (pickled({"x": torch.zeros(2000)})[:-5000], "damaged or not a file of PyTorch weights"),
+        (pickled({"model": WantsCode()}), r"wants to run code \(.*system\), which is refused"),
+        (pickled(WantsCode(), _use_new_zipfile_serialization=False), "wants to run code"),
+        (pickled([1, 2]), "holds no state dict"),
+        (pickled({}), "holds no state dict"),
+        (pickled({"epoch": 3, "x": torch.zeros(1)}), "holds epoch, not tensors"),
+        (pickled({"x": torch.zeros(1)}), "not a BLIP for image-text retrieval"),
+        (pickled({"query_model": {}}), "a checkpoint of train.py, for --checkpoint"),
     ],
 )
-def test_what_is_no_file_of_weights_is_one_sentence(tiny, vocab, tmp_path, content, message, capfd):
+def test_what_is_no_file_of_weights_is_one_sentence(vocab, tmp_path, content, message, capfd):
     path = tmp_path / "weights.pth"
-    path.write_bytes(content(tiny))
+    path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
         blip_lite.load(path, vocab=vocab)
     assert "weights.pth" in str(error.value) and "\n" not in str(error.value)
@@ -565,7 +448,7 @@ def test_what_is_no_file_of_weights_is_one_sentence(tiny, vocab, tmp_path, conte
 
 
 def test_what_is_missing_is_named(tiny, vocab, tmp_path):
-    with pytest.raises(ValueError, match="none.pth: there is no such file; python -m blip_lite.download"):
+    with pytest.raises(ValueError, match="none.pth: there is no such file; .* plumbing.download"):
         blip_lite.load(tmp_path / "none.pth")
     with pytest.raises(ValueError, match="holds none of model.safetensors"):
         blip_lite.load(tmp_path)
@@ -573,7 +456,7 @@ def test_what_is_missing_is_named(tiny, vocab, tmp_path):
     with pytest.raises(ValueError, match="there is no vocab.txt beside .*blip.pth"):
         blip_lite.load(tmp_path / "blip.pth")
     (tmp_path / "vocab.txt").write_text("\n".join([*TOKENS, "dog"]))
-    with pytest.raises(ValueError, match="vocab.txt has 57 tokens, 59 with .*blip.pth has 58 word embeddings"):
+    with pytest.raises(ValueError, match="vocab.txt has 57 tokens, 59 with .*blip.pth has 58 word"):
         blip_lite.load(tmp_path / "blip.pth")
     (tmp_path / "vocab.txt").write_text("\n".join(TOKENS))
     assert blip_lite.load(tmp_path / "blip.pth").tokenizer.vocab_size == 58
@@ -591,7 +474,7 @@ def test_safetensors_equal_the_package(tmp_path):
     tensors = {
         "f32": torch.randn(3, 4, 5), "f64": torch.randn(2).double(), "f16": torch.randn(7).half(),
         "bf16": torch.randn(2, 2).bfloat16(), "i64": torch.arange(5), "i32": torch.arange(5).int(),
-        "u8": torch.arange(3).byte(), "flag": torch.tensor([True, False]), "ü.weight": torch.ones(1),
+        "u8": torch.arange(3).byte(), "flag": torch.tensor([True, False]), "ü": torch.ones(1),
         "empty": torch.zeros(0, 3), "number": torch.tensor(0.07),
     }  # fmt: skip
     path = tmp_path / "x.safetensors"
@@ -611,40 +494,23 @@ def entry(dtype="F32", shape=(4,), offsets=(0, 16)):
     return {"x": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\1\2\3",
-        file_of(entry())[:40],
-        file_of(entry(), length=0),
-        file_of(entry(), length=2**63),
-        file_of(entry(), data=b"\0" * 15),
-        file_of(entry(shape=(5,))),
-        file_of(entry(shape=(-4,))),
-        file_of(entry(shape=(-2, -2))),
-        file_of(entry(shape=(4.0,))),
-        file_of(entry(shape=4)),
-        file_of(entry(shape=(True, 4))),
-        file_of(entry(offsets=(16, 32))),
-        file_of(entry(offsets=(16, 0))),
-        file_of(entry(offsets=(-16, 0))),
-        file_of(entry(offsets=(0, 16, 32))),
-        file_of(entry(dtype="F31")),
-        file_of(entry(dtype=["F32"])),
-        file_of({"x": {"dtype": "F32"}}),
-        file_of({"x": 3}),
-        file_of([1, 2]),
-        file_of(b"{"),
-        file_of(b"\xff\xfe{}"),
-        file_of(b"[" * 100_000),
-    ],
-)
+DAMAGED = [
+    b"\1\2\3", file_of(entry())[:40], file_of(entry(), length=0), file_of(entry(), length=2**63),
+    file_of(entry(), data=b"\0" * 15), file_of(entry(dtype="F31")), file_of(entry(dtype=["F32"])),
+    *(file_of(entry(shape=shape)) for shape in ((5,), (-4,), (-2, -2), (4.0,), 4, (True, 4))),
+    *(file_of(entry(offsets=at)) for at in ((16, 32), (16, 0), (-16, 0), (0, 16, 32))),
+    file_of(entry() | {"y": entry(shape=(2,), offsets=(8, 16))["x"]}),
+    *map(file_of, ({"x": {"dtype": "F32"}}, {"x": 3}, [1, 2], b"{", b"\xff\xfe{}", b"[" * 100_000)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_safetensors_file_is_one_sentence(tmp_path, content):
     path = tmp_path / "x.safetensors"
     path.write_bytes(file_of(entry()))
     assert torch.equal(_read_safetensors(path)["x"], torch.zeros(4))
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="x.safetensors is damaged or not a .safetensors file") as error:
+    with pytest.raises(ValueError, match="x.safetensors is damaged or not a .safet") as error:
         _read_safetensors(path)
     assert "\n" not in str(error.value)
 
@@ -674,12 +540,7 @@ def test_pixels_equal_torchvision(mode, size):
         ]
     )(pil.convert("RGB"))
     ours = pixels_of(pil)
-    assert ours.dtype == torch.float32 and ours.is_contiguous()
-    assert torch.equal(ours, theirs)
-
-
-def test_preprocess_uses_the_image_size(tiny):
-    assert torch.equal(tiny.preprocess(picture(50, 40)), pixels_of(picture(50, 40), 32))
+    assert ours.dtype == torch.float32 and ours.is_contiguous() and torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -716,10 +577,8 @@ def test_sixteen_bits_are_scaled_not_clipped(mode):
     expected = torch.from_numpy(grey / 65535).float().expand(3, -1, -1)
     expected = transforms.functional.normalize(expected, blip_lite.MEAN, blip_lite.STD)
     assert difference(pixels_of(pil), expected) < 0.02
-
-
-def test_eight_bit_values_in_a_32_bit_mode_stay():
-    assert torch.equal(pixels_of(picture(48, 48, "L").convert("I")), pixels_of(picture(48, 48, "L")))
+    grey = picture(48, 48, "L")  # 8-bit values in a 32-bit mode stay as they are
+    assert torch.equal(pixels_of(grey.convert("I")), pixels_of(grey))
 
 
 @pytest.mark.filterwarnings("error")
@@ -735,6 +594,9 @@ def test_transparency_is_dropped():
     assert torch.equal(pixels_of(clear), pixels_of(picture(48, 48)))
 
 
-@pytest.mark.parametrize("mode", "1 L P RGB RGBA CMYK YCbCr LAB HSV I F LA PA RGBX RGBa La I;16 I;16B".split())
+ALL = "1 L P RGB RGBA CMYK YCbCr LAB HSV I F LA PA RGBX RGBa La I;16 I;16B"
+
+
+@pytest.mark.parametrize("mode", ALL.split())
 def test_any_mode_gives_pixels(mode):
     assert pixels_of(Image.new(mode, (5, 7))).shape == (3, 48, 48)
