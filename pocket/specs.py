@@ -4,9 +4,9 @@ There are two domains: *scenes* (one to three things on a background) and *garme
 dataclass describes an image. None in a field is "not said", so the same dataclass also holds what
 a caption claims (its *facts*):
 
-    describe(spec, rng)        -> caption, facts          partial and varied, like the web's captions
-    edit(spec, rng, kind)      -> Edit: the modifier's text, and the changes it asks for
-    holds(facts, specs)        -> which facts are true of which images
+    describe(spec, rng)     -> caption, facts     partial and varied, as captions on the web are
+    edit(spec, rng, kind)   -> Edit               the modifier's text, and the changes it asks for
+    holds(facts, specs)     -> bool [A, B]        which facts are true of which images
 
 The order of the random draws is part of the world: the shipped weights and results rest on it.
 """
@@ -17,19 +17,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-COLOURS = {
-    "red": (214, 40, 40), "orange": (247, 127, 0), "yellow": (252, 216, 50),
-    "green": (46, 160, 67), "blue": (40, 90, 220), "purple": (131, 56, 176),
-    "pink": (255, 140, 190), "white": (250, 250, 250),
-}  # fmt: skip
+COLOURS = {"red": (214, 40, 40), "orange": (247, 127, 0), "yellow": (252, 216, 50),
+           "green": (46, 160, 67), "blue": (40, 90, 220), "purple": (131, 56, 176),
+           "pink": (255, 140, 190), "white": (250, 250, 250)}
 KINDS = ("cat", "dog", "bird", "fish", "boat", "car", "house", "tree", "flower", "cup", "ball",
-         "star")  # fmt: skip
+         "star")
 SIZES = ("small", "big")
 PLACES = ("left", "middle", "right")
-BACKGROUNDS = {
-    "meadow": "in a meadow", "night": "at night", "snow": "in the snow", "beach": "on the beach",
-    "sea": "on the sea", "room": "in a room",
-}  # fmt: skip
+BACKGROUNDS = {"meadow": "in a meadow", "night": "at night", "snow": "in the snow",
+               "beach": "on the beach", "sea": "on the sea", "room": "in a room"}
 GARMENTS = ("dress", "shirt", "toptee")  # FashionIQ's three categories
 PATTERNS = ("plain", "striped", "dotted", "checked")
 SLEEVES = ("no", "short", "long")
@@ -41,7 +37,10 @@ DETAILS = ("none", "belt", "buttons", "bow", "pocket", "zip", "star", "heart")
 THING = {"kind": KINDS, "colour": COLOURS, "size": SIZES, "place": PLACES}
 GARMENT = {"kind": GARMENTS, "colour": COLOURS, "pattern": PATTERNS, "sleeves": SLEEVES,
            "neckline": NECKLINES, "length": LENGTHS, "detail": DETAILS,
-           "second": ("none", *COLOURS)}  # fmt: skip
+           "second": ("none", *COLOURS)}
+
+CODES = {value: i for i, value in enumerate(
+    [*BACKGROUNDS, *(v for table in (THING, GARMENT) for values in table.values() for v in values)])}
 
 SETS = {"pretrain": 50, "unlabeled": 70, "val": 85, "test": 100}  # where each ends, in percent
 EDIT_KINDS = ("one", "multi", "replace", "describe")  # see `edit`
@@ -99,7 +98,7 @@ def random_scene(rng: Rng, count=None) -> Scene:
     count = count or rng.choices((1, 2, 3), weights=(2, 5, 3))[0]
     places, kinds = rng.sample(PLACES, count), rng.sample(KINDS, count)
     things = [Thing(kind, pick(rng, COLOURS), pick(rng, SIZES), place)
-              for kind, place in zip(kinds, places, strict=True)]  # fmt: skip
+              for kind, place in zip(kinds, places, strict=True)]
     return Scene(tuple(things), pick(rng, BACKGROUNDS), rng.getrandbits(31))
 
 
@@ -134,18 +133,12 @@ def set_thing(scene: Scene, index: int, **values) -> Scene:
     return replace(scene, things=tuple(things))
 
 
-_VALUES = [v for table in (THING, GARMENT) for values in table.values() for v in values]
-_CODE = {value: i for i, value in enumerate([*BACKGROUNDS, *_VALUES])}
-
-
 def encode(spec: Spec) -> list[int]:
-    """21 integers: 3 things x (kind, colour, size, place), background, 8 of a garment; -1 = None."""
-    if isinstance(spec, Garment):
-        values = [None] * 13 + [getattr(spec, name) for name in GARMENT]
-    else:
-        things = [getattr(thing, name) for thing in spec.things for name in THING]
-        values = things + [None] * (12 - len(things)) + [spec.background] + [None] * 8
-    return [_CODE.get(value, -1) for value in values]
+    """21 integers: three things x THING, the background, GARMENT; -1 where nothing is said."""
+    things = [*getattr(spec, "things", ()), Thing(), Thing(), Thing()][:3]
+    values = [getattr(thing, name) for thing in things for name in THING]
+    values += [getattr(spec, name, None) for name in ("background", *GARMENT)]
+    return [CODES.get(value, -1) for value in values]
 
 
 def holds(facts, specs) -> np.ndarray:
@@ -161,19 +154,15 @@ def holds(facts, specs) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------- captions
-def _an(text):
-    """The right article: "orange" is the only word of this language that begins with a vowel."""
-    return text.replace("a orange", "an orange")
+def _articles(text):
+    """ "a" as it should be before the one word that begins with a vowel, and before a plural."""
+    return text.replace("a orange", "an orange").replace("a buttons", "buttons")
 
 
 def _noun(thing):
     words = filter(None, ("a", thing.size, thing.colour, thing.kind or "thing"))
     where = {"left": " on the left", "right": " on the right", "middle": " in the middle"}
-    return _an(" ".join(words)) + where.get(thing.place, "")
-
-
-def _detail(detail):
-    return detail if detail == "buttons" else f"a {detail}"
+    return _articles(" ".join(words)) + where.get(thing.place, "")
 
 
 def say(facts: Spec, rng: Rng) -> str:
@@ -191,10 +180,10 @@ def say(facts: Spec, rng: Rng) -> str:
     words.append("top" if facts.kind == "toptee" else facts.kind)
     extras = [f"{facts.sleeves} sleeves"] if facts.sleeves else []
     extras += [f"a {facts.neckline}"] if facts.neckline else []
-    extras += [_detail(facts.detail)] if facts.detail not in (None, "none") else []
+    extras += [f"a {facts.detail}"] if facts.detail not in (None, "none") else []
     rng.shuffle(extras)
-    text = _an(" ".join(filter(None, words)))
-    return f"{text} with {' and '.join(extras)}" if extras else text
+    words += ["with", " and ".join(extras)] if extras else []
+    return _articles(" ".join(filter(None, words)))
 
 
 def forget(spec: Spec, rng: Rng, keep: float) -> Spec:
@@ -214,7 +203,7 @@ def forget(spec: Spec, rng: Rng, keep: float) -> Spec:
         detail = some(spec.detail) if spec.detail != "none" else None
         return Garment(spec.kind, colour, pattern, second, sleeves, neckline, length, detail)
     things = [Thing(thing.kind, some(thing.colour, 0.4 + keep / 2), some(thing.size, keep * 0.7),
-                    some(thing.place, keep * 0.6)) for thing in spec.things]  # fmt: skip
+                    some(thing.place, keep * 0.6)) for thing in spec.things]
     spoken = max(1, sum(rng.random() < 0.4 + keep * 0.6 for _ in things))
     for silent in rng.sample(range(len(things)), len(things) - spoken):
         things[silent] = Thing()
@@ -230,27 +219,21 @@ def describe(spec: Spec, rng: Rng, keep: float | None = None) -> tuple[str, Spec
 # ---------------------------------------------------------------------------------------- edits
 @dataclass(frozen=True)
 class Change:
-    """New values of a thing, by its index (one past the last adds one), or of the whole image: None.
+    """New values of one thing of a scene, or of the whole image."""
 
-    said: what the modifier says of `new`; None = all. A value None in it is no longer known.
-    """
-
-    thing: int | None
+    thing: int | None  # its index; one past the last adds a thing; None = the whole image
     new: dict
-    said: dict | None = None
+    said: dict | None = None  # what the modifier says of it, None = all; a value None: not known
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A modifier: `text` continues "a photo of X that ...", `changes` are what it asks for.
-
-    keep: indices of the things that stay, before any change; None = all.
-    """
+    """A modifier. Its text continues "a photo of X that ..."."""
 
     kind: str
     phrases: tuple[str, ...]
     changes: tuple[Change, ...]
-    keep: tuple[int, ...] | None = None
+    keep: tuple[int, ...] | None = None  # the things that stay, before any change; None = all
 
     @property
     def text(self) -> str:
@@ -261,9 +244,9 @@ class Edit:
         if self.keep is not None:
             spec = replace(spec, things=tuple(spec.things[i] for i in self.keep))
         for change in self.changes:
-            values = change.said if said and change.said is not None else change.new
-            alone = change.thing is None
-            spec = replace(spec, **values) if alone else set_thing(spec, change.thing, **values)
+            values = said and change.said or change.new
+            whole = change.thing is None
+            spec = replace(spec, **values) if whole else set_thing(spec, change.thing, **values)
         return spec
 
     def claim(self, facts: Spec) -> Spec:
@@ -302,14 +285,15 @@ def _scene_edit(scene, rng, kind):
 
 def _scene_change(scene, rng, what, index):
     """-> phrase, Change."""
-    kinds, thing = [t.kind for t in scene.things], None
+    kinds = [thing.kind for thing in scene.things]
     if what == "background":
         new = pick(rng, BACKGROUNDS, scene.background)
         old = f" instead of {BACKGROUNDS[scene.background]}" if rng.random() < 0.2 else ""
         return f"is {BACKGROUNDS[new]}{old}", Change(None, {"background": new})
     if what == "add":
         said = Thing(pick(rng, KINDS, *kinds), pick(rng, COLOURS))
-        new = replace(said, size=pick(rng, SIZES), place=pick(rng, PLACES, *(t.place for t in scene.things)))
+        new = replace(said, size=pick(rng, SIZES),
+                      place=pick(rng, PLACES, *(t.place for t in scene.things)))
         phrase = f"{rng.choice(('also has', 'adds', 'has'))} {_noun(said)}"
         return phrase, Change(index, known(new), known(said))
     thing = scene.things[index]
@@ -318,7 +302,7 @@ def _scene_change(scene, rng, what, index):
         return f"has a {new} instead of the {thing.kind}", Change(index, {"kind": new})
     new = pick(rng, THING[what], getattr(thing, what))  # colour or size
     short = len(kinds) == 1 and rng.random() < 0.6
-    phrase = f"is {new}" if short else _an(f"has a {new} {thing.kind}")
+    phrase = f"is {new}" if short else _articles(f"has a {new} {thing.kind}")
     return phrase, Change(index, {"kind": thing.kind, what: new})
 
 
@@ -353,7 +337,7 @@ def _scene_description(scene, rng, kind):
     kinds = rng.sample([kind for kind in KINDS if kind not in taken], count)
     places = rng.sample([place for place in PLACES if place != old.place], count)
     new = [Thing(k, pick(rng, COLOURS), pick(rng, SIZES), p)
-           for k, p in zip(kinds, places, strict=True)]  # fmt: skip
+           for k, p in zip(kinds, places, strict=True)]
     said = [replace(t, size=t.size if rng.random() < 0.4 else None, place=None) for t in new]
     background = pick(rng, BACKGROUNDS, scene.background) if rng.random() < 0.5 else None
 
@@ -411,44 +395,38 @@ def _garment_change(garment, rng, what, before):
     elif what == "length":
         phrase = f"is {new}" + rng.choice(("", "er"))
     else:
-        phrase = f"has {_detail(new)}" if what == "detail" else f"has a {new}"
+        phrase = _articles(f"has a {new}")
     return phrase, {what: new}, {what: new}
 
 
 # ------------------------------------------------------------------------ what pocket BLIP reads
 def contradict(facts: Spec, rng: Rng) -> Spec:
     """The same facts, if any, with one changed, or with two colours of a scene swapped."""
-    if isinstance(facts, Garment):
-        said = [name for name in GARMENT if getattr(facts, name) not in (None, "none")]
-        if not said:
-            return facts
-        what = rng.choice(said)
-        new = pick(rng, GARMENT[what], "none", getattr(facts, what), facts.colour, facts.second)
-        second = {"second": "none" if new == "plain" else None} if what == "pattern" else {}
-        return replace(facts, **{what: new}, **second)
-    things = facts.things
+    things = getattr(facts, "things", ())
     options = [(i, name) for i, thing in enumerate(things) for name in known(thing)]
-    options += [(None, "background")] if facts.background else []
+    options += [(None, name) for name in ("background", *GARMENT)
+                if getattr(facts, name, None) not in (None, "none")]
     painted = [i for i, thing in enumerate(things) if thing.colour]
     options += [(None, "swap")] * 2 if len(painted) > 1 else []
     if not options:
         return facts
     index, what = rng.choice(options)
-    if what == "background":
-        return replace(facts, background=pick(rng, BACKGROUNDS, facts.background))
     if what == "swap":
         a, b = rng.sample(painted, 2)
         return set_thing(set_thing(facts, a, colour=things[b].colour), b, colour=things[a].colour)
-    taken = [thing.kind for thing in things] if what == "kind" else [getattr(things[index], what)]
-    return set_thing(facts, index, **{what: pick(rng, THING[what], *taken)})
+    if index is not None:
+        taken = [t.kind for t in things] if what == "kind" else [getattr(things[index], what)]
+        return set_thing(facts, index, **{what: pick(rng, THING[what], *taken)})
+    if what == "background":
+        return replace(facts, background=pick(rng, BACKGROUNDS, facts.background))
+    new = pick(rng, GARMENT[what], "none", getattr(facts, what), facts.colour, facts.second)
+    second = {"second": "none" if new == "plain" else None} if what == "pattern" else {}
+    return replace(facts, **{what: new}, **second)
 
 
 def twin(spec: Spec, rng: Rng) -> Spec:
     """Another image of the pretrain set, a single edit away from this one and in the same pose."""
-    while True:
-        other = edit(spec, rng, "one").apply(spec)
-        if split_of(other) == "pretrain":
-            return other
+    return sample(rng, "pretrain", lambda rng: edit(spec, rng, "one").apply(spec))
 
 
 def pretraining_example(rng: Rng, mix=LATE_MIX, wrong=True) -> tuple[Spec, str, Spec, str | None]:
