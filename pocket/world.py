@@ -5,8 +5,8 @@
 writes train/ (unlabeled images) and the validation and test sets of cirr/ (scenes, one target),
 circo/ (scenes, several targets) and fashioniq/ (garments, two captions). Beyond the official fields
 each query has a "modifier_type", one of specs.EDIT_KINDS. Unlike the real test sets, these hold
-their targets. `split_of` keeps four sets of specs apart, whatever the seed: pairs for BLIP's
-pre-training, unlabeled images for ISA, validation and test.
+their targets. Whatever the seed, specs.SETS keeps apart pairs for BLIP's pre-training, unlabeled
+images for ISA, validation and test.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from plumbing.options import check_options
 
 from . import specs
 from .drawing import draw
-from .specs import Edit, Garment, Rng, Scene, Spec, Thing, holds, random_scene, sample, split_of
+from .specs import Garment, Scene, Thing, holds, random_garment, random_scene, sample, split_of
 
 MIX = {"one": 0.15, "multi": 0.25, "describe": 0.60}  # CIRR's writers mostly describe the target
 FASHION_GALLERY = {"dress": 3817, "shirt": 6346, "toptee": 5373}  # FashionIQ's validation galleries
@@ -32,26 +33,25 @@ ASPECTS = {  # CIRCO's semantic aspects, as far as a modifier's wording shows th
     "addition": ("also", "adds"), "compare_change": ("instead of",),
     "statement_with_conjunction": (" and ",),
     "spatial_relations_background": tuple(specs.BACKGROUNDS.values()),
-}  # fmt: skip
+}
 
 
-# ----------------------------------------------------------------------------- what is depicted
-def _fresh(spec: Spec, rng: Rng) -> Spec:
+def _fresh(spec, rng):
     """The same content with another pose and clutter and, for most scenes, in other places."""
     spec = replace(spec, pose=rng.getrandbits(31))
     if isinstance(spec, Scene) and rng.random() < 0.6:
         places = rng.sample(specs.PLACES, len(spec.things))
-        things = [replace(t, place=p) for t, p in zip(spec.things, places, strict=True)]
-        spec = replace(spec, things=tuple(things))
+        for i, place in enumerate(places):
+            spec = specs.set_thing(spec, i, place=place)
     return spec
 
 
-def _repeats(spec: Spec) -> bool:
+def _repeats(spec):
     """Does a kind of thing appear twice? Two changes at once may bring the same one."""
     return isinstance(spec, Scene) and len({t.kind for t in spec.things}) < len(spec.things)
 
 
-def _edited(reference: Spec, rng: Rng, split: str) -> tuple[Edit, Spec]:
+def _edited(reference, rng, split):
     """A modifier for the reference and a target that shows it, both of `split`."""
     while True:
         change = specs.edit(reference, rng, rng.choices(list(MIX), weights=MIX.values())[0])
@@ -60,8 +60,8 @@ def _edited(reference: Spec, rng: Rng, split: str) -> tuple[Edit, Spec]:
             return change, target
 
 
-def _complete(facts: Scene, rng: Rng) -> Scene:
-    """A scene that the facts are true of; what they leave open is drawn at random."""
+def _complete(facts, rng):
+    """A scene that the facts are true of; what they leave open is drawn."""
     while True:
         scene = random_scene(rng, count=max(rng.choice((1, 2, 3)), len(facts.things)))
         for i, fact in enumerate(facts.things):
@@ -71,8 +71,7 @@ def _complete(facts: Scene, rng: Rng) -> Scene:
             return scene
 
 
-# --------------------------------------------------------------------------- the three benchmarks
-def make_cirr(rng: Rng, split: str, groups: int):
+def make_cirr(rng, split, groups):
     """CIRR: groups of six similar images -> images {name: spec}, caption entries.
 
     Members 0 to 4 follow from each other by edits, the queries; the sixth is nearly the first.
@@ -89,18 +88,16 @@ def make_cirr(rng: Rng, split: str, groups: int):
         near = _fresh(members[0], rng)
         members.append(near if split_of(near) == split else replace(members[0], pose=near.pose))
         images.update(zip(names, members, strict=True))
-        order = rng.sample(names, 6)
-        for i, change in enumerate(changes):
-            entries.append({
-                "pairid": 10000 + 4 * group + i, "reference": names[i], "target_hard": names[i + 1],
-                "target_soft": {names[i + 1]: 1.0}, "caption": change.text,
-                "img_set": {"id": group, "members": order}, "modifier_type": change.kind,
-            })  # fmt: skip
+        img_set = {"id": group, "members": rng.sample(names, 6)}
+        entries += [
+            {"pairid": 10000 + 4 * group + i, "reference": names[i], "target_hard": names[i + 1],
+             "target_soft": {names[i + 1]: 1.0}, "caption": change.text, "img_set": img_set,
+             "modifier_type": change.kind} for i, change in enumerate(changes)]
     return images, entries
 
 
-def make_circo(rng: Rng, counts: dict[str, int], extra: int):
-    """CIRCO -> images {COCO id: spec} of the one gallery, {split: entries}.
+def make_circo(rng, counts, extra):
+    """CIRCO: counts {split: queries} -> images {COCO id: spec} of the one gallery, {split: entries}.
 
     A query keeps part of its reference (the shared concept) and asks for a change. Every image of
     the gallery that fits both is a ground truth: two to five are drawn for it, others turn up by
@@ -112,19 +109,19 @@ def make_circo(rng: Rng, counts: dict[str, int], extra: int):
         for _ in range(count):
             reference = sample(rng, split, random_scene)
             change, target = _edited(reference, rng, split)
-            kept = [Thing(t.kind, t.colour if rng.random() < 0.8 else None) for t in reference.things]
-            shared = Scene(tuple(kept), reference.background if rng.random() < 0.6 else None)
+            things = [Thing(thing.kind, thing.colour if rng.random() < 0.8 else None)
+                      for thing in reference.things]
+            shared = Scene(tuple(things), reference.background if rng.random() < 0.6 else None)
             facts = change.claim(shared)
-            fit = [sample(rng, split, lambda rng, facts=facts: _complete(facts, rng))
-                   for _ in range(rng.choice((1, 2, 3, 4)))]  # fmt: skip
-            names = [next(ids) for _ in (reference, target, *fit)]
-            images.update(zip(names, (reference, target, *fit), strict=True))
+            more = [sample(rng, split, partial(_complete, facts))
+                    for _ in range(rng.choice((1, 2, 3, 4)))]
+            names = [next(ids) for _ in range(2 + len(more))]
+            images.update(zip(names, (reference, target, *more), strict=True))
             drafts.append((split, names[0], names[1], change, shared, facts))
         images |= {next(ids): sample(rng, split, random_scene) for _ in range(extra)}
-    names, gallery = list(images), list(images.values())
+    names, gallery, entries = list(images), list(images.values()), {split: [] for split in counts}
     facts = [draft[-1] for draft in drafts]
     true = [row for i in range(0, len(facts), 50) for row in holds(facts[i : i + 50], gallery)]
-    entries = {split: [] for split in counts}
     for (split, reference, target, change, shared, _), row in zip(drafts, true, strict=True):
         fit = [names[i] for i in np.flatnonzero(row)]
         if reference in fit or target not in fit or len(fit) > 14:
@@ -135,45 +132,36 @@ def make_circo(rng: Rng, counts: dict[str, int], extra: int):
             "relative_caption": change.text, "shared_concept": specs.say(shared, rng),
             "gt_img_ids": [target, *(name for name in fit if name != target)],
             "id": len(entries[split]), "semantic_aspects": aspects or ["direct_addressing"],
-            "modifier_type": change.kind,
-        })  # fmt: skip
+            "modifier_type": change.kind})
     return images, entries
 
 
-def make_fashioniq(rng: Rng, split: str, category: str, queries: int, gallery: int):
-    """FashionIQ -> images {name: spec}, entries with two captions: each a part of the modifier."""
-    images, entries = {}, []
-
-    def add(spec):
-        name = f"{split[0].upper()}{category[0].upper()}{len(images):07d}"
-        images[name] = spec
-        return name
-
-    def make(rng):
-        return specs.random_garment(rng, category)
-
+def make_fashioniq(rng, split, category, queries, gallery):
+    """FashionIQ -> images {name: spec}, entries. A query has two captions, parts of its modifier."""
+    images, entries, make = {}, [], partial(random_garment, kind=category)
+    name = f"{split[0].upper()}{category[0].upper()}{{:07d}}".format
     for _ in range(queries):
         reference = sample(rng, split, make)
         change, target = _edited(reference, rng, split)
         claim, keep = change.claim(Garment(category)), 1.0 if change.kind == "one" else 0.7
-        again = f"is {specs.say(specs.forget(claim, rng, keep), rng)}"  # where there is one phrase
+        again = specs.say(specs.forget(claim, rng, keep), rng)  # for modifiers of a single phrase
         half = max(1, len(change.phrases) // 2)
-        captions = [" and ".join(change.phrases[:half]), " and ".join(change.phrases[half:]) or again]
+        captions = [" and ".join(change.phrases[:half]),
+                    " and ".join(change.phrases[half:]) or f"is {again}"]
         rng.shuffle(captions)
-        candidate = add(reference)
-        entries.append({"target": add(target), "candidate": candidate, "captions": captions,
-                        "modifier_type": change.kind})  # fmt: skip
-    while len(images) < gallery:
-        add(sample(rng, split, make))
+        candidate, target_name = name(len(images)), name(len(images) + 1)
+        images |= {candidate: reference, target_name: target}
+        entries.append({"target": target_name, "candidate": candidate, "captions": captions,
+                        "modifier_type": change.kind})
+    for i in range(len(images), gallery):
+        images[name(i)] = sample(rng, split, make)
     return images, entries
 
 
-# -------------------------------------------------------------------------------------- the files
 def contents(seed=0, scale=1.0):
-    """Every file of the world as (path, content), path relative to its folder.
+    """Yields (path, content) of every file: the spec of an image, or what a JSON file holds.
 
-    content: the spec of an image, or what a JSON file holds. captions.json holds a full caption of
-    each image: no part of the benchmarks, it serves upper bounds (pocket/ceilings.py).
+    captions.json has a full caption of each image. No benchmark has one; it serves upper bounds.
     """
 
     def size(full):
@@ -182,13 +170,13 @@ def contents(seed=0, scale=1.0):
     def captions(images, rng):
         return {str(name): specs.describe(spec, rng, 1.0)[0] for name, spec in images.items()}
 
-    rng = Rng(f"train {seed}")
+    rng = specs.Rng(f"train {seed}")
     for i in range(size(24000)):
         yield f"train/{i:06d}.png", sample(rng, "unlabeled", specs.MAKERS[i % 2])
 
     texts = {}
     for split, folder, official in (("val", "dev", "val"), ("test", "test1", "test1")):
-        rng = Rng(f"cirr {split} {seed}")
+        rng = specs.Rng(f"cirr {split} {seed}")
         images, entries = make_cirr(rng, split, size(384))
         texts |= captions(images, rng)
         yield from ((f"cirr/img_raw/{folder}/{name}.png", spec) for name, spec in images.items())
@@ -200,7 +188,7 @@ def contents(seed=0, scale=1.0):
     texts = {}
     for split in ("val", "test"):
         for category, gallery in FASHION_GALLERY.items():
-            rng = Rng(f"fashioniq {split} {category} {seed}")
+            rng = specs.Rng(f"fashioniq {split} {category} {seed}")
             images, entries = make_fashioniq(rng, split, category, size(700), size(gallery))
             texts |= captions(images, rng)
             yield from ((f"fashioniq/images/{name}.png", spec) for name, spec in images.items())
@@ -208,49 +196,49 @@ def contents(seed=0, scale=1.0):
             yield f"fashioniq/image_splits/split.{category}.{split}.json", list(images)
     yield "fashioniq/captions.json", texts
 
-    rng = Rng(f"circo {seed}")
+    rng = specs.Rng(f"circo {seed}")
     images, entries = make_circo(rng, {"val": size(600), "test": size(600)}, size(1000))
     yield "circo/captions.json", captions(images, rng)
-    folder, files = "circo/COCO2017_unlabeled", {name: f"{name:012d}.jpg" for name in images}
-    yield from ((f"{folder}/unlabeled2017/{files[name]}", spec) for name, spec in images.items())
-    info = {"images": [{"id": name, "file_name": file} for name, file in files.items()]}
-    yield f"{folder}/annotations/image_info_unlabeled2017.json", info
-    for split in entries:
-        yield f"circo/annotations/{split}.json", entries[split]
+    yield from ((f"circo/annotations/{split}.json", entries[split]) for split in entries)
+    folder, info = "circo/COCO2017_unlabeled", []
+    for name, spec in images.items():
+        info.append({"id": name, "file_name": f"{name:012d}.jpg"})
+        yield f"{folder}/unlabeled2017/{name:012d}.jpg", spec
+    yield f"{folder}/annotations/image_info_unlabeled2017.json", {"images": info}
 
 
 def _save(folder, images):
     for path, spec in images:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        options = dict(quality=95, subsampling=0) if path.endswith(".jpg") else dict(compress_level=1)
-        draw(spec).save(folder / path, **options)
+        jpeg, png = {"quality": 95, "subsampling": 0}, {"compress_level": 1}
+        draw(spec).save(folder / path, **(jpeg if path.endswith(".jpg") else png))
 
 
 def write(out, seed=0, scale=1.0, workers=2):
-    """Draw the whole world into the folder `out`; returns the number of images.
+    """Draw the whole world into the folder `out`, the same bytes for the same seed.
 
-    The same seed gives the same bytes. scale below 1 makes a smaller world for tests. The folder
-    appears only when it is complete, in place of an older world. Raises ValueError where `out`
-    holds anything else.
+    scale: below 1 for a smaller world. The folder appears only when it is complete, in place of an
+    older world. Returns the number of images. Raises ValueError where `out` holds anything else.
     """
     out = Path(out)
     check_folder(out.parent)
-    world = (out / "world.json").exists()
-    if out.is_file() or (out.exists() and not world and any(out.iterdir())):
+    is_world = (out / "world.json").exists()
+    if out.is_file() or (out.exists() and not is_world and any(out.iterdir())):
         raise ValueError(f"{out}: holds other things than a pocket world, which would be lost; "
-                         "move it, or give another --out")  # fmt: skip
+                         "move it, or give another --out")
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    pool = ProcessPoolExecutor(workers, initializer=ignore_signals)
+    pool, images, jobs = ProcessPoolExecutor(workers, initializer=ignore_signals), [], []
     try:
         with explained(out):
-            images, jobs = [], []
             for path, content in contents(seed, scale):
-                if isinstance(content, Spec):
-                    images.append((path, content))
-                else:
+                if not isinstance(content, specs.Spec):
                     write_json(draft / path, content)
-            jobs = [pool.submit(_save, draft, images[i : i + 500]) for i in range(0, len(images), 500)]
+                    continue
+                images.append((path, content))
+                if len(images) % 500 == 0:  # the workers draw while this process thinks up more
+                    jobs.append(pool.submit(_save, draft, images[-500:]))
+            _save(draft, images[len(images) // 500 * 500 :])
             for job in jobs:
                 job.result()
             write_json(draft / "world.json", {"seed": seed, "scale": scale, "images": len(images)})
@@ -263,25 +251,25 @@ def write(out, seed=0, scale=1.0, workers=2):
 
 
 def ensure(out="data/pocket"):
-    """Draw the world of seed 0 unless `out` already holds a world, which is never touched."""
+    """Draw the world of seed 0 unless `out` holds a world already; that one stays as it is."""
     marker = Path(out) / "world.json"
     if not marker.exists():
         print(f"drawing the pocket world into {out} ...", flush=True)
-        return write(out)
+        write(out)
+        return
     try:
         seed, scale = (json.loads(marker.read_text())[key] for key in ("seed", "scale"))
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{marker} is damaged; delete the folder {out} to have it drawn again") from None
+        raise ValueError(f"{marker} is damaged; delete the folder {out} to draw it again") from None
     if (seed, scale) != (0, 1.0):
         print(f"{out} holds the pocket world of seed {seed}, scale {scale}; "
-              "delete it to have the usual one (seed 0, scale 1.0) drawn")  # fmt: skip
+              "delete it to draw the usual one (seed 0, scale 1.0)")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m pocket.world", allow_abbrev=False,
-        description="Draw the pocket world: training images and three benchmarks.",
-    )  # fmt: skip
+        description="Draw the pocket world: training images and three benchmarks.")
     add = parser.add_argument
     add("--out", default="data/pocket", help="folder to write; an older world there is replaced")
     add("--seed", type=int, default=0, help="another seed draws other images of the same kind")
