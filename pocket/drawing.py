@@ -1,214 +1,213 @@
-"""Specs -> images, 64 x 64 pixels, drawn with PIL. What no caption speaks of (jitter, direction, clutter) comes from spec.pose."""
+"""Specs -> images of 64 x 64 pixels, drawn with PIL on twice as many and reduced: smooth edges.
+
+What no caption mentions (jitter, direction, clutter) comes from spec.pose.
+"""
 
 import random
+from math import cos, pi, sin
 
-import numpy as np
 from PIL import Image, ImageDraw
 
-from .specs import COLOURS, Garment, Scene, Spec, Thing
+from .specs import COLOURS, Scene, Spec
 
-# A thing is a list of (form, points, fill) in a box from -1 to 1, y downwards; fill None = the thing's colour.
-_LINE, _DARK, _CREAM, _TRUNK = (35, 35, 45), (60, 60, 70), (255, 246, 220), (121, 82, 48)
-_SHAPES = {
-    "cat": [("poly", (-.1, .1, .55, -.3, .95, -.9, 1, -.3, .6, .3), None), ("oval", (-.6, -.05, .7, .95), None),
-            ("poly", (-.85, -.95, -.35, -.6, -.8, -.3), None), ("poly", (.15, -.95, -.3, -.6, .15, -.3), None),
-            ("oval", (-.9, -.75, .2, .2), None), ("oval", (-.65, -.4, -.5, -.2), _LINE), ("oval", (-.2, -.4, -.05, -.2), _LINE)],
-    "dog": [("oval", (-.5, -.1, .95, .5), None), ("rect", (-.4, .2, -.1, .95), None), ("rect", (.5, .2, .8, .95), None),
-            ("oval", (-1, -.75, -.1, .1), None), ("oval", (-.4, -.75, 0, .25), _DARK), ("oval", (-1, -.35, -.8, -.1), _LINE),
-            ("poly", (.8, 0, 1, -.6, .95, .2), None)],
-    "bird": [("poly", (.4, .0, 1, -.35, 1, .3), None), ("oval", (-.6, -.35, .65, .55), None),
-             ("oval", (-.95, -.75, -.2, .0), None), ("poly", (-1, -.2, -.7, -.45, -.7, -.1), (247, 160, 30)),
-             ("oval", (-.65, -.5, -.5, -.3), _LINE), ("poly", (-.2, .0, .55, -.75, .4, .25), _CREAM),
-             ("line", (-.1, .5, -.1, .95), None), ("line", (.2, .5, .2, .95), None)],
-    "fish": [("poly", (.35, 0, 1, -.6, 1, .6), None), ("oval", (-1, -.5, .6, .5), None), ("oval", (-.7, -.2, -.5, .05), _LINE),
-             ("poly", (-.2, -.4, .2, -.8, .3, -.3), None), ("line", (-.35, -.3, -.35, .3), None)],
-    "boat": [("poly", (-1, .3, 1, .3, .6, .9, -.6, .9), None), ("line", (0, -1, 0, .3), None),
-             ("poly", (.08, -.95, .08, .15, .8, .15), _CREAM), ("poly", (-.08, -.7, -.08, .15, -.6, .15), _CREAM)],
-    "car": [("poly", (-.55, -.1, -.3, -.6, .35, -.6, .65, -.1), _CREAM), ("rect", (-1, -.1, 1, .45), None),
-            ("line", (.03, -.6, .03, -.1), None), ("oval", (-.75, .2, -.2, .75), _DARK), ("oval", (.25, .2, .8, .75), _DARK)],
-    "house": [("rect", (-.75, -.15, .75, .95), None), ("poly", (-1, -.15, 0, -1, 1, -.15), _DARK),
-              ("rect", (-.2, .3, .2, .95), _TRUNK), ("rect", (.35, .1, .6, .4), _CREAM)],
-    "tree": [("rect", (-.15, .2, .15, .95), _TRUNK), ("oval", (-.95, -.5, .2, .45), None), ("oval", (-.2, -.5, .95, .45), None),
-             ("oval", (-.6, -1, .6, .2), None)],
-    "flower": [("line", (0, .1, 0, .95), None), ("poly", (0, .8, .5, .35, .15, .75), (60, 150, 60)),
-               *[("oval", (x - .33, y - .33, x + .33, y + .33), None)
+LINE, DARK, CREAM, TRUNK = (35, 35, 45), (60, 60, 70), (255, 246, 220), (121, 82, 48)
+SKIN, GOLD, SILVER, BEAK = (233, 190, 160), (240, 200, 60), (190, 190, 200), (247, 160, 30)
+
+# A thing is a list of (form, points, fill) in a box from -1 to 1, y downwards. Without a fill it
+# has the thing's colour; an arc has its two angles instead.
+SHAPES = {
+    "cat": [("poly", (-.1, .1, .55, -.3, .95, -.9, 1, -.3, .6, .3)),
+            ("oval", (-.6, -.05, .7, .95)), ("poly", (-.85, -.95, -.35, -.6, -.8, -.3)),
+            ("poly", (.15, -.95, -.3, -.6, .15, -.3)), ("oval", (-.9, -.75, .2, .2)),
+            ("oval", (-.65, -.4, -.5, -.2), LINE), ("oval", (-.2, -.4, -.05, -.2), LINE)],
+    "dog": [("oval", (-.5, -.1, .95, .5)), ("rect", (-.4, .2, -.1, .95)),
+            ("rect", (.5, .2, .8, .95)), ("oval", (-1, -.75, -.1, .1)),
+            ("oval", (-.4, -.75, 0, .25), DARK), ("oval", (-1, -.35, -.8, -.1), LINE),
+            ("poly", (.8, 0, 1, -.6, .95, .2))],
+    "bird": [("poly", (.4, .0, 1, -.35, 1, .3)), ("oval", (-.6, -.35, .65, .55)),
+             ("oval", (-.95, -.75, -.2, .0)), ("poly", (-1, -.2, -.7, -.45, -.7, -.1), BEAK),
+             ("oval", (-.65, -.5, -.5, -.3), LINE), ("poly", (-.2, .0, .55, -.75, .4, .25), CREAM),
+             ("line", (-.1, .5, -.1, .95)), ("line", (.2, .5, .2, .95))],
+    "fish": [("poly", (.35, 0, 1, -.6, 1, .6)), ("oval", (-1, -.5, .6, .5)),
+             ("oval", (-.7, -.2, -.5, .05), LINE), ("poly", (-.2, -.4, .2, -.8, .3, -.3)),
+             ("line", (-.35, -.3, -.35, .3))],
+    "boat": [("poly", (-1, .3, 1, .3, .6, .9, -.6, .9)), ("line", (0, -1, 0, .3)),
+             ("poly", (.08, -.95, .08, .15, .8, .15), CREAM),
+             ("poly", (-.08, -.7, -.08, .15, -.6, .15), CREAM)],
+    "car": [("poly", (-.55, -.1, -.3, -.6, .35, -.6, .65, -.1), CREAM),
+            ("rect", (-1, -.1, 1, .45)), ("line", (.03, -.6, .03, -.1)),
+            ("oval", (-.75, .2, -.2, .75), DARK), ("oval", (.25, .2, .8, .75), DARK)],
+    "house": [("rect", (-.75, -.15, .75, .95)), ("poly", (-1, -.15, 0, -1, 1, -.15), DARK),
+              ("rect", (-.2, .3, .2, .95), TRUNK), ("rect", (.35, .1, .6, .4), CREAM)],
+    "tree": [("rect", (-.15, .2, .15, .95), TRUNK), ("oval", (-.95, -.5, .2, .45)),
+             ("oval", (-.2, -.5, .95, .45)), ("oval", (-.6, -1, .6, .2))],
+    "flower": [("line", (0, .1, 0, .95)), ("poly", (0, .8, .5, .35, .15, .75), (60, 150, 60)),
+               *[("oval", (x - .33, y - .33, x + .33, y + .33))
                  for x, y in ((-.38, -.5), (.38, -.5), (0, -.8), (-.25, -.05), (.25, -.05))],
                ("oval", (-.25, -.6, .25, -.1), (120, 80, 30))],
-    "cup": [("oval", (.2, -.35, 1, .45), None), ("oval", (.42, -.15, .78, .25), _CREAM),
-            ("poly", (-.8, -.6, .6, -.6, .4, .8, -.6, .8), None), ("oval", (-.8, -.75, .6, -.4), _CREAM)],
-    "ball": [("oval", (-.85, -.85, .85, .85), None), ("arc", (-1.5, -.85, -.1, .85, -60, 60), None),
-             ("arc", (.1, -.85, 1.5, .85, 120, 240), None), ("line", (-.85, 0, .85, 0), None)],
-    "star": [("poly", tuple(v for i in range(10) for v in (np.sin(i * np.pi / 5) * (1, .42)[i % 2],
-                                                          -np.cos(i * np.pi / 5) * (1, .42)[i % 2])), None)],
-}  # fmt: skip
+    "cup": [("oval", (.2, -.35, 1, .45)), ("oval", (.42, -.15, .78, .25), CREAM),
+            ("poly", (-.8, -.6, .6, -.6, .4, .8, -.6, .8)), ("oval", (-.8, -.75, .6, -.4), CREAM)],
+    "ball": [("oval", (-.85, -.85, .85, .85)), ("arc", (-1.5, -.85, -.1, .85), (-60, 60)),
+             ("arc", (.1, -.85, 1.5, .85), (120, 240)), ("line", (-.85, 0, .85, 0))],
+    "star": [("poly", [v for i, r in enumerate((1, .42) * 5)
+                       for v in (r * sin(i * pi / 5), -r * cos(i * pi / 5))])],
+}
 
 
-def _draw_thing(pen, thing: Thing, x, y, radius, flip):
-    """One thing, centred on (x, y), in pixels of the doubled canvas."""
-    sign = -1 if flip else 1
-    for form, points, fill in _SHAPES[thing.kind]:
-        fill = COLOURS[thing.colour] if fill is None else fill
-        angles, points = points[4:] if form == "arc" else None, points[:4] if form == "arc" else points
-        xs, ys = [x + sign * v * radius for v in points[::2]], [y + v * radius for v in points[1::2]]
-        if form == "poly":
-            pen.polygon(list(zip(xs, ys, strict=True)), fill=fill, outline=_LINE, width=2)
-        elif form == "line":
-            pen.line(list(zip(xs, ys, strict=True)), fill=_LINE, width=3)
+def draw_shapes(pen, shapes, colour, x, y, scale=1, sign=1, width=2):
+    """Shapes as in SHAPES, in units of `scale` pixels around (x, y); sign = -1 mirrors them."""
+    for form, points, *fill in shapes:
+        xs, ys = [x + sign * v * scale for v in points[::2]], [y + v * scale for v in points[1::2]]
+        corners, box = list(zip(xs, ys, strict=True)), (min(xs), min(ys), max(xs), max(ys))
+        fill = fill[0] if fill else colour
+        if form == "line":
+            pen.line(corners, LINE, width=3)
+        elif form == "arc":
+            pen.arc(box, *(fill if sign == 1 else (180 - fill[1], 180 - fill[0])), LINE, width)
+        elif form == "poly":
+            pen.polygon(corners, fill, LINE, width)
         else:
-            box = (min(xs), min(ys), max(xs), max(ys))
-            if form == "oval":
-                pen.ellipse(box, fill=fill, outline=_LINE, width=2)
-            elif form == "rect":
-                pen.rectangle(box, fill=fill, outline=_LINE, width=2)
-            elif not flip:
-                pen.arc(box, *angles, fill=_LINE, width=2)
-            else:
-                pen.arc(box, 180 - angles[1], 180 - angles[0], fill=_LINE, width=2)
+            {"oval": pen.ellipse, "rect": pen.rectangle}[form](box, fill, LINE, width)
 
 
-_SKY_GROUND = {  # background -> colour above the horizon, colour below it
+# --------------------------------------------------------------------------------------- scenes
+SKY_GROUND = {  # background -> colour above the horizon, colour below it
     "meadow": ((168, 216, 255), (140, 200, 96)), "night": ((22, 26, 62), (38, 56, 50)),
     "snow": ((205, 222, 236), (240, 245, 250)), "beach": ((150, 214, 250), (240, 218, 160)),
     "sea": ((190, 226, 250), (58, 132, 190)), "room": ((236, 216, 196), (158, 110, 76)),
-}  # fmt: skip
+}
 
 
-def _draw_background(pen, background: str, rng: random.Random):
-    """Sky, ground, and the clutter that no caption speaks of."""
-    top, bottom = _SKY_GROUND[background]
+def clutter(horizon):
+    """Background -> what is scattered: number, range of x, of y, width, height, form, colour."""
+    clouds = (2, (-10, 110), (0, 26), 30, 12, "oval", (245, 250, 255))
+    return {
+        "meadow": [clouds, (9, (0, 124), (horizon + 12, 124), 2, -7, "line", (84, 150, 60))],
+        "night": [(9, (0, 127), (0, horizon - 8), 2, 2, "oval", (250, 250, 230))],
+        "snow": [(22, (0, 127), (0, 127), 4, 4, "oval", (255, 255, 255))],
+        "beach": [clouds, (9, (0, 124), (horizon + 12, 124), 5, 3, "oval", (206, 180, 120))],
+        "sea": [(10, (-8, 120), (horizon + 4, 124), 16, 8, "arc", (170, 210, 235))],
+        "room": [],
+    }
+
+
+def draw_background(pen, background, rng):
+    top, bottom = SKY_GROUND[background]
     horizon = rng.randint(62, 84)
-    pen.rectangle((0, 0, 128, horizon), fill=top)
-    pen.rectangle((0, horizon, 128, 128), fill=bottom)
+    pen.rectangle((0, 0, 128, horizon), top)
+    pen.rectangle((0, horizon, 128, 128), bottom)
     x, y = rng.randint(8, 100), rng.randint(6, 20)
     if background == "night":
-        pen.ellipse((x, y, x + 16, y + 16), fill=(250, 244, 200))
-        for _ in range(9):
-            u, v = rng.randint(0, 127), rng.randint(0, horizon - 8)
-            pen.ellipse((u, v, u + 2, v + 2), fill=(250, 250, 230))
-    elif background == "snow":
-        for _ in range(22):
-            u, v = rng.randint(0, 127), rng.randint(0, 127)
-            pen.ellipse((u, v, u + 4, v + 4), fill=(255, 255, 255))
+        pen.ellipse((x, y, x + 16, y + 16), (250, 244, 200))
+    elif background == "beach":
+        pen.rectangle((0, horizon, 128, horizon + 9), (70, 160, 205))
     elif background == "room":
-        pen.rectangle((x - 6, 8, x + 24, 40), fill=(176, 220, 250), outline=(110, 76, 50), width=3)
-        pen.line((x + 9, 8, x + 9, 40), fill=(110, 76, 50), width=3)
+        pen.rectangle((x - 6, 8, x + 24, 40), (176, 220, 250), (110, 76, 50), 3)
+        pen.line((x + 9, 8, x + 9, 40), (110, 76, 50), 3)
         for v in range(horizon + 12, 128, 14):
-            pen.line((0, v, 128, v), fill=(138, 94, 62), width=2)
-    elif background == "sea":
-        for _ in range(10):
-            u, v = rng.randint(-8, 120), rng.randint(horizon + 4, 124)
-            pen.arc((u, v, u + 16, v + 8), 180, 360, fill=(170, 210, 235), width=2)
-    else:
-        for _ in range(2):
-            u, v = rng.randint(-10, 110), rng.randint(0, 26)
-            pen.ellipse((u, v, u + 30, v + 12), fill=(245, 250, 255))
-        if background == "beach":
-            pen.rectangle((0, horizon, 128, horizon + 9), fill=(70, 160, 205))
-        for _ in range(9):
-            u, v = rng.randint(0, 124), rng.randint(horizon + 12, 124)
-            if background == "meadow":
-                pen.line((u, v, u + 2, v - 7), fill=(84, 150, 60), width=2)
+            pen.line((0, v, 128, v), (138, 94, 62), 2)
+    for number, xs, ys, width, height, form, fill in clutter(horizon)[background]:
+        for _ in range(number):
+            u, v = rng.randint(*xs), rng.randint(*ys)
+            box = (u, v, u + width, v + height)
+            if form == "oval":
+                pen.ellipse(box, fill)
+            elif form == "line":
+                pen.line(box, fill, 2)
             else:
-                pen.ellipse((u, v, u + 5, v + 3), fill=(206, 180, 120))
+                pen.arc(box, 180, 360, fill, 2)
 
 
-def _draw_scene(scene: Scene) -> Image.Image:
-    rng = random.Random(scene.pose)
-    image = Image.new("RGB", (128, 128))
-    pen = ImageDraw.Draw(image)
-    _draw_background(pen, scene.background, rng)
+def draw_scene(pen, scene, rng):
+    draw_background(pen, scene.background, rng)
     for thing in scene.things:
         radius = (20.5 if thing.size == "big" else 13.5) * rng.uniform(0.93, 1.07)
         x = {"left": 22, "middle": 64, "right": 106}[thing.place] + rng.uniform(-3, 3)
-        _draw_thing(pen, thing, x, rng.uniform(62, 98), radius, rng.random() < 0.5)
-    return image.reduce(2)
+        y, sign = rng.uniform(62, 98), -1 if rng.random() < 0.5 else 1
+        draw_shapes(pen, SHAPES[thing.kind], COLOURS[thing.colour], x, y, radius, sign)
 
 
-def _pattern_fill(garment: Garment, rng: random.Random) -> Image.Image:
-    """The cloth: a 128 x 128 canvas full of colour and pattern."""
-    cloth = Image.new("RGB", (128, 128), COLOURS[garment.colour])
+# ------------------------------------------------------------------------------------- garments
+CUTS = {"dress": (72, 98, 15), "shirt": (50, 76, 1), "toptee": (42, 66, -3)}  # short, long, flare
+
+
+def cloth(garment, rng):
+    """A canvas full of the garment's colours and pattern."""
+    image = Image.new("RGB", (128, 128), COLOURS[garment.colour])
     if garment.pattern == "plain":
-        return cloth
-    pen, second = ImageDraw.Draw(cloth), COLOURS[garment.second]
-    shift = rng.randint(0, 11)
-    if garment.pattern in ("striped", "checked"):
-        for v in range(shift - 12, 128, 12):
-            pen.rectangle((0, v, 128, v + 5), fill=second)
-    if garment.pattern == "checked":
-        for u in range(shift - 12, 128, 12):
-            pen.rectangle((u, 0, u + 3, 128), fill=second)
-    if garment.pattern == "dotted":
-        for row, v in enumerate(range(shift - 12, 128, 12)):
-            for u in range(shift - 12 + 6 * (row % 2), 128, 12):
-                pen.ellipse((u, v, u + 6, v + 6), fill=second)
-    return cloth
+        return image
+    pen, second = ImageDraw.Draw(image), COLOURS[garment.second]
+    first = rng.randint(0, 11) - 12
+    for row, v in enumerate(range(first, 128, 12)):
+        if garment.pattern == "dotted":
+            for u in range(first + 6 * (row % 2), 128, 12):
+                pen.ellipse((u, v, u + 6, v + 6), second)
+        else:
+            pen.rectangle((0, v, 128, v + 5), second)
+        if garment.pattern == "checked":
+            pen.rectangle((v, 0, v + 3, 128), second)
+    return image
 
 
-def _draw_garment(garment: Garment) -> Image.Image:
-    rng = random.Random(garment.pose)
+def trimmings(width, length):
+    """Neckline or detail -> width of its outline, shapes in pixels from the neck.
+
+    width: half the chest's. A round neck and a star are drawn otherwise.
+    """
+    belt = min(38, length - 10)
+    return {
+        "square neck": (2, [("rect", (-10, 0, 10, 12), SKIN)]),
+        "v neck": (2, [("poly", (-11, 0, 11, 0, 0, 21), SKIN)]),
+        "collar": (2, [("poly", (0, 2, s * 16, -4, s * 12, 12), CREAM) for s in (-1, 1)]),
+        "belt": (1, [("rect", (2 - width, belt, width - 2, belt + 6), DARK),
+                     ("rect", (-4, belt - 1, 4, belt + 7), GOLD)]),
+        "buttons": (1, [("oval", (-3, y, 3, y + 6), CREAM)
+                        for y in range(24, min(length - 4, 60), 9)]),
+        "bow": (1, [("poly", (0, 26, s * 11, 19, s * 11, 33), DARK) for s in (-1, 1)]),
+        "pocket": (2, [("rect", (4, 22, 16, 35), CREAM)]),
+        "zip": (1, [("rect", (-2, 18, 2, length), SILVER)]),
+        "heart": (2, [("poly", (0, 40, -10, 29, -5, 22, 0, 26, 5, 22, 10, 29), (250, 90, 120))]),
+    }
+
+
+def draw_garment(image, pen, garment, rng):
     tint = rng.randint(222, 244)
-    image = Image.new("RGB", (128, 128), (tint, tint - rng.randint(0, 8), tint - rng.randint(0, 12)))
-    shape = Image.new("L", (128, 128))
-    ink, pen = ImageDraw.Draw(shape), ImageDraw.Draw(image)
+    image.paste((tint, tint - rng.randint(0, 8), tint - rng.randint(0, 12)), (0, 0, 128, 128))
     x, top = 64 + rng.randint(-6, 6), 14 + rng.randint(-4, 4)
-    width = 21 + rng.randint(-2, 2)  # half the chest
-    length = {"dress": {"short": 72, "long": 98}, "shirt": {"short": 50, "long": 76}, "toptee": {"short": 42, "long": 66}}
-    bottom = top + length[garment.kind][garment.length]
-    hem = {"dress": width + 15, "shirt": width + 1, "toptee": width - 3}[garment.kind]
-    waist = top + 40 if garment.kind == "dress" else bottom
-    body = [(x - width, top), (x + width, top), (x + width - 4, waist), (x + hem, bottom), (x - hem, bottom),
-            (x - width + 4, waist)]  # fmt: skip
-    if garment.kind == "shirt":
-        body[2:4], body[4:] = [(x + hem, bottom)], [(x - hem, bottom)]
-    outlines = [body]
+    width = 21 + rng.randint(-2, 2)
+    short, long, flare = CUTS[garment.kind]
+    length = short if garment.length == "short" else long
+    waist = {"dress": [(width - 4, 40)], "shirt": [], "toptee": [(width - 4, length)]}[garment.kind]
+    right = [(width, 0), *waist, (width + flare, length)]  # relative to the neck, downwards
+    outlines = [right + [(-u, v) for u, v in reversed(right)]]
     if garment.sleeves != "no":
-        reach, drop = {"short": (14, 20), "long": (22, 58)}[garment.sleeves]
-        for side in (-1, 1):
-            shoulder, out = x + side * width, x + side * (width + reach)
-            outlines.append([(shoulder - side * 8, top), (shoulder, top), (out, top + drop), (out - side * 11, top + drop + 3),
-                             (shoulder - side * 4, top + 18)])  # fmt: skip
+        reach, drop = (14, 20) if garment.sleeves == "short" else (22, 58)
+        sleeve = [(width - 8, 0), (width, 0), (width + reach, drop), (width + reach - 11, drop + 3),
+                  (width - 4, 18)]
+        outlines += [[(side * u, v) for u, v in sleeve] for side in (-1, 1)]
+    outlines = [[(x + u, top + v) for u, v in outline] for outline in outlines]
+    shape = Image.new("L", image.size)
     for outline in outlines:
-        ink.polygon(outline, fill=255)
-    image.paste(_pattern_fill(garment, rng), mask=shape)
+        ImageDraw.Draw(shape).polygon(outline, 255)
+    image.paste(cloth(garment, rng), mask=shape)
     for outline in reversed(outlines):
-        pen.line([*outline, outline[0]], fill=_LINE, width=2)
-    skin = (233, 190, 160)
-    if garment.neckline == "round neck":
-        pen.pieslice((x - 11, top - 11, x + 11, top + 11), 0, 180, fill=skin, outline=_LINE, width=2)
-    elif garment.neckline == "square neck":
-        pen.rectangle((x - 10, top, x + 10, top + 12), fill=skin, outline=_LINE, width=2)
-    elif garment.neckline == "v neck":
-        pen.polygon([(x - 11, top), (x + 11, top), (x, top + 21)], fill=skin, outline=_LINE, width=2)
-    else:
-        for side in (-1, 1):
-            pen.polygon([(x, top + 2), (x + side * 16, top - 4), (x + side * 12, top + 12)], fill=_CREAM, outline=_LINE, width=2)
-    _draw_detail(pen, garment.detail, x, top, bottom, width)
-    return image.reduce(2)
-
-
-def _draw_detail(pen, detail, x, top, bottom, width):
-    if detail == "belt":
-        y = min(top + 38, bottom - 10)
-        pen.rectangle((x - width + 2, y, x + width - 2, y + 6), fill=_DARK, outline=_LINE)
-        pen.rectangle((x - 4, y - 1, x + 4, y + 7), fill=(240, 200, 60), outline=_LINE)
-    elif detail == "buttons":
-        for y in range(top + 24, min(bottom - 4, top + 60), 9):
-            pen.ellipse((x - 3, y, x + 3, y + 6), fill=_CREAM, outline=_LINE, width=1)
-    elif detail == "bow":
-        y = top + 26
-        for side in (-1, 1):
-            pen.polygon([(x, y), (x + side * 11, y - 7), (x + side * 11, y + 7)], fill=_DARK, outline=_LINE)
-    elif detail == "pocket":
-        pen.rectangle((x + 4, top + 22, x + 16, top + 35), fill=_CREAM, outline=_LINE, width=2)
-    elif detail == "zip":
-        pen.rectangle((x - 2, top + 18, x + 2, bottom), fill=(190, 190, 200), outline=_LINE, width=1)
-    elif detail == "star":
-        _draw_thing(pen, Thing("star", "white"), x, top + 30, 10, flip=False)
-    elif detail == "heart":
-        pen.polygon([(x, top + 40), (x - 10, top + 29), (x - 5, top + 22), (x, top + 26), (x + 5, top + 22), (x + 10, top + 29)],
-                    fill=(250, 90, 120), outline=_LINE, width=2)  # fmt: skip
+        pen.line([*outline, outline[0]], LINE, 2)
+    for name in (garment.neckline, garment.detail):
+        if name == "round neck":
+            pen.pieslice((x - 11, top - 11, x + 11, top + 11), 0, 180, SKIN, LINE, 2)
+        elif name == "star":
+            draw_shapes(pen, SHAPES["star"], COLOURS["white"], x, top + 30, scale=10)
+        elif name != "none":
+            line, shapes = trimmings(width, length)[name]
+            draw_shapes(pen, shapes, None, x, top, width=line)
 
 
 def draw(spec: Spec) -> Image.Image:
-    """RGB, 64 x 64 px; drawn twice as large and reduced, which smooths the edges."""
-    return (_draw_scene if isinstance(spec, Scene) else _draw_garment)(spec)
+    """RGB, 64 x 64 pixels."""
+    image, rng = Image.new("RGB", (128, 128)), random.Random(spec.pose)
+    pen = ImageDraw.Draw(image)
+    if isinstance(spec, Scene):
+        draw_scene(pen, spec, rng)
+    else:
+        draw_garment(image, pen, spec, rng)
+    return image.reduce(2)
