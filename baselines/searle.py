@@ -158,7 +158,7 @@ def searle(args):
     """Invert --count images, train phi on their words, write runs/NAME/isa.pt."""
     path, seed = Path("runs") / args.name / "isa.pt", args.seed
     if path.exists() and not args.overwrite:
-        raise ValueError(f"{path.parent} already holds a training; replace it with --overwrite or "
+        raise ValueError(f"{path.parent} already holds a run; replace it with --overwrite or "
                          "give another --name")
     check_folder(path.parent)
     by_concept = read_sentences(args.sentences)  # now: an error should not wait for the features

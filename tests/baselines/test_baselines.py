@@ -350,7 +350,7 @@ def test_a_killed_command_resumes_and_writes_a_query_model(
 
     again = searle(images=images / "images")
     assert again.status == 1
-    assert "runs/searle already holds a training; replace it with --overwrite" in again.message
+    assert "runs/searle already holds a run; replace it with --overwrite" in again.message
     saved = model.state_dict()
     assert searle("--overwrite", images=images / "images").status == 0
     anew = torch.load(tmp_path / "runs/searle/isa.pt")["query_model"]
