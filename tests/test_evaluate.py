@@ -513,19 +513,6 @@ def test_check_takes_the_splits_that_are_there(check, broken):
     assert done.status == 0 and "cirr  test1: " in done.out and "val:" not in done.out
 
 
-@pytest.mark.parametrize("given, hint", [("a", "--data a/cirr has"), ("...", None),
-                                         ("a/cirr/captions", "--data {}/a/cirr has")])
-def test_check_says_where_the_root_is_instead(check, broken, given, hint):
-    """One level too high (where SEARLE's variant has a folder cirr/), one too deep, and far off."""
-    root = broken.parent
-    (root / "...").mkdir()
-    (root / "a").mkdir()
-    (root / "cirr").rename(root / "a" / "cirr")
-    done = check(*CHECK_CIRR[:-1], given)
-    one_line(done, "is not complete", "see the list above", hint.format(root) if hint else "")
-    assert ("has its annotations" in done.message) == bool(hint)
-
-
 def test_check_of_a_training_folder(check, small_world, tmp_path):
     photos = tmp_path / "photos" / "more"
     photos.mkdir(parents=True)
