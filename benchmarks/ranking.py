@@ -53,10 +53,7 @@ def top_k(query_features, gallery_features, k, exclude=None, chunk=4096):
 
 
 def _candidates(query, rows, k, least):
-    """All that may be among the k best: query [Q, E], rows [R, E] -> pairs (query, row) [2, C].
-
-    rows: float32; least [Q]: the k-th best similarity so far.
-    """
+    """All (query, row) [2, C] that may be among the k best; least [Q]: the k-th best so far."""
     rough, e = query.float() @ rows.T, query.shape[1]  # [Q, R]
     # |rough - similarity| <= error, whatever the order of the sum: E products, sums and a few other
     # roundings, each by 2^-24 of at most |q|_1 max|g|, and underflow. Where float32 may overflow,
