@@ -13,12 +13,11 @@ SUBMITTED = {"recall": 50, "recall_subset": 3}  # names per query that the serve
 def predictions(benchmark, rankings, metric="recall"):
     """Rankings -> the JSON document for the test server, as a dict; longer rankings are cut.
 
-    CIRR: {"version": "rc2", "metric": metric, pairid: names}, for "recall" 50 without the reference,
-    for "recall_subset" 3 of the group. CIRCO: {id: 50 ids as ints}. FashionIQ has no server:
+    CIRR: {"version": "rc2", "metric": metric, pairid: names}: 50 without the reference, for
+    "recall_subset" 3 of the group. CIRCO: {id: 50 ids as ints}. FashionIQ, which has no server:
     {category: {id: 50 names}}; join the categories with `|`.
     Raises ValueError for a ranking that is too short, and as `score` does.
     """
-    _check_metric(benchmark, metric)
     images, document = len(benchmark.gallery) - (benchmark.name == "cirr"), {}
     for query, names in zip(benchmark.queries, counted(benchmark, rankings, metric), strict=True):
         wanted = min(SUBMITTED[metric], len(query.subset) if metric == "recall_subset" else images)
@@ -43,10 +42,9 @@ def read_predictions(path, benchmark, metric="recall"):
     """A file in the format of `predictions` -> rankings; nothing is dropped or cut.
 
     Raises FileNotFoundError, and ValueError for another metric, version or category, a missing or
-    unexpected query, and a list that is empty, repeats a name or holds one that is not in the gallery
-    (recall_subset: the group; CIRCO without gallery: the COCO ids).
+    unexpected query, and a list that is empty, repeats a name or holds one that is not in the
+    gallery (recall_subset: the group; CIRCO without gallery: the COCO ids).
     """
-    _check_metric(benchmark, metric)
     ids, gallery = {query.id for query in benchmark.queries}, set(benchmark.gallery)
     convert, rankings = coco_name if benchmark.name == "circo" else plain_name, {}
     with remedy(f"write it for {benchmark.name} {benchmark.split} and {metric}, each image once"):
@@ -72,8 +70,3 @@ def read_predictions(path, benchmark, metric="recall"):
                 raise ValueError(f"{where}: the list {'repeats a name' if names else 'is empty'}")
             rankings[query.id] = names
     return rankings
-
-
-def _check_metric(benchmark, metric):
-    if metric not in SUBMITTED or (metric == "recall_subset" and benchmark.name != "cirr"):
-        raise ValueError(f"unknown metric {metric!r}: use recall, or for CIRR also recall_subset")

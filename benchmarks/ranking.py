@@ -18,8 +18,8 @@ def top_k(query_features, gallery_features, k, exclude=None, chunk=4096):
     Similarity is the inner product, summed in float64 and rounded to float32; ties keep the order
     of the gallery: a tensor, or the path of an .npy file, held `chunk` rows at a time. exclude: for
     each query a row to leave out, or -1. k is clipped to N, or N - 1 if any row is excluded.
-    Raises FileNotFoundError, and ValueError for an unusable file, shapes that do not match, features
-    that are not finite in float32 and k < 1.
+    Raises FileNotFoundError, and ValueError for an unusable file, shapes that do not match, k < 1
+    and features that are not finite in float32.
     """
     shape, read = _open_gallery(gallery_features)
     q, n = len(query_features), shape[0]
@@ -53,10 +53,7 @@ def top_k(query_features, gallery_features, k, exclude=None, chunk=4096):
 
 
 def _candidates(query, rows, k, least):
-    """All that may be among the k best: query [Q, E], rows [R, E] -> pairs (query, row) [2, C].
-
-    rows: float32; least [Q]: the k-th best similarity so far.
-    """
+    """All (query, row) [2, C] that may be among the k best; least [Q]: the k-th best so far."""
     rough, e = query.float() @ rows.T, query.shape[1]  # [Q, R]
     # |rough - similarity| <= error, whatever the order of the sum: E products, sums and a few other
     # roundings, each by 2^-24 of at most |q|_1 max|g|, and underflow. Where float32 may overflow,
@@ -87,10 +84,10 @@ def _largest(features):
 
 
 def _open_gallery(gallery):
-    """A tensor or the path of an .npy file -> its shape [N, E], a function (start, stop) -> rows."""
+    """A tensor or the path of an .npy file -> its shape [N, E], a function (start, stop) -> rows"""
     if isinstance(gallery, torch.Tensor):
         return gallery.shape, lambda start, stop: gallery[start:stop].cpu()
-    open_map = partial(np.load, gallery, mmap_mode="r")
+    open_map = partial(np.load, gallery, mmap_mode="c")  # "c": torch wants to be allowed to write
     try:
         head = open_map()
         if head.dtype not in (np.float16, np.float32) or head.ndim != 2:
@@ -99,8 +96,8 @@ def _open_gallery(gallery):
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"{gallery} is missing or not a whole .npy file of one float16 or float32 array "
                    "[N, E]: write it again with numpy.save") from None
-    # A new map for each read, as the pages of a map stay in memory as long as it does.
-    return head.shape, lambda start, stop: torch.from_numpy(np.array(open_map()[start:stop]))
+    # A new map for each read: what was read stays in memory as long as its map.
+    return head.shape, lambda start, stop: torch.from_numpy(open_map()[start:stop])
 
 
 def rank(benchmark, query_features, gallery_features, k=50, chunk=4096):
@@ -134,6 +131,6 @@ def _places(benchmark, query_features, gallery_features):
     """dict name -> row of the gallery, once the features are known to fit the benchmark."""
     (q, *e), (n, *d) = query_features.shape, gallery_features.shape
     if (q, n) != (len(benchmark.queries), len(benchmark.gallery)) or e != d:
-        raise ValueError(f"features of {q} queries and {n} images, of sizes {e} and {d}, do not fit "
-                         f"{benchmark.name} {benchmark.split}")
+        raise ValueError(f"features of {q} queries and {n} images, of sizes {e} and {d}, do not "
+                         f"fit {benchmark.name} {benchmark.split}")
     return {name: i for i, name in enumerate(benchmark.gallery)}

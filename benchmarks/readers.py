@@ -149,8 +149,8 @@ def _list_images(folder):
 def _check_names(benchmark, file):
     """Ids and gallery names are unique, and every name that a query uses is known."""
     queries, gallery = benchmark.queries, set(benchmark.gallery)
-    repeats = len({q.id for q in queries}) < len(queries) or len(gallery) < len(benchmark.gallery)
-    if not queries or repeats:
+    ids = {query.id for query in queries}
+    if not ids or len(ids) < len(queries) or len(gallery) < len(benchmark.gallery):
         raise ValueError(f"{file} is empty, or it or its list of images repeats an entry")
     for i, query in enumerate(queries):
         where, shown = f"{file}, entry {i}", (query.reference, *(query.subset or ()))
