@@ -39,9 +39,6 @@ GARMENT = {"kind": GARMENTS, "colour": COLOURS, "pattern": PATTERNS, "sleeves": 
            "neckline": NECKLINES, "length": LENGTHS, "detail": DETAILS,
            "second": ("none", *COLOURS)}
 
-CODES = {value: i for i, value in enumerate(
-    [*BACKGROUNDS, *(v for table in (THING, GARMENT) for values in table.values() for v in values)])}
-
 SETS = {"pretrain": 50, "unlabeled": 70, "val": 85, "test": 100}  # where each ends, in percent
 EDIT_KINDS = ("one", "multi", "replace", "describe")  # see `edit`
 EARLY_MIX = {"one": 3, "multi": 3, "replace": 4}  # their weights in pre-training, at first ...
@@ -133,12 +130,11 @@ def set_thing(scene: Scene, index: int, **values) -> Scene:
     return replace(scene, things=tuple(things))
 
 
-def encode(spec: Spec) -> list[int]:
-    """21 integers: three things x THING, the background, GARMENT; -1 where nothing is said."""
-    things = [*getattr(spec, "things", ()), Thing(), Thing(), Thing()][:3]
-    values = [getattr(thing, name) for thing in things for name in THING]
-    values += [getattr(spec, name, None) for name in ("background", *GARMENT)]
-    return [CODES.get(value, -1) for value in values]
+def _said(spec):
+    """What is said of the image itself, and of each of its things: sets of (attribute, value)."""
+    whole = {(k, v) for k, v in vars(spec).items() if v is not None and k not in ("things", "pose")}
+    things = [set(known(thing).items()) for thing in getattr(spec, "things", ())]
+    return whole, [thing for thing in things if thing]
 
 
 def holds(facts, specs) -> np.ndarray:
@@ -146,11 +142,9 @@ def holds(facts, specs) -> np.ndarray:
 
     What is said of a thing has to be true of one and the same thing of the scene.
     """
-    f, s = (np.array([encode(x) for x in some], np.int8) for some in (facts, specs))
-    f, s = f[:, None], s[None]  # [A, 1, 21], [1, B, 21]
-    things_f, things_s = f[..., :12].reshape(-1, 1, 3, 1, 4), s[..., :12].reshape(1, -1, 1, 3, 4)
-    found = ((things_f < 0) | (things_f == things_s)).all(-1).any(-1).all(-1)  # [A, B]
-    return found & ((f[..., 12:] < 0) | (f[..., 12:] == s[..., 12:])).all(-1)
+    facts, specs = map(_said, facts), [_said(spec) for spec in specs]
+    return np.array([[whole <= there and all(any(map(thing.issubset, seen)) for thing in things)
+                      for there, seen in specs] for whole, things in facts])
 
 
 # ------------------------------------------------------------------------------------- captions

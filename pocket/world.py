@@ -97,7 +97,7 @@ def make_cirr(rng, split, groups):
 
 
 def make_circo(rng, counts, extra):
-    """CIRCO: counts {split: queries} -> images {COCO id: spec} of the one gallery, {split: entries}.
+    """CIRCO: counts {split: queries} -> images {COCO id: spec} of both splits, {split: entries}.
 
     A query keeps part of its reference (the shared concept) and asks for a change. Every image of
     the gallery that fits both is a ground truth: two to five are drawn for it, others turn up by
@@ -137,7 +137,7 @@ def make_circo(rng, counts, extra):
 
 
 def make_fashioniq(rng, split, category, queries, gallery):
-    """FashionIQ -> images {name: spec}, entries. A query has two captions, parts of its modifier."""
+    """FashionIQ -> images {name: spec}, entries: two captions a query, parts of its modifier."""
     images, entries, make = {}, [], partial(random_garment, kind=category)
     name = f"{split[0].upper()}{category[0].upper()}{{:07d}}".format
     for _ in range(queries):
