@@ -29,8 +29,7 @@ from . import specs as language
 from .drawing import draw
 from .specs import EARLY_MIX, LATE_MIX
 
-HERE = Path(__file__).parent
-VOCAB = HERE / "vocab.txt"
+VOCAB = Path(__file__).with_name("vocab.txt")
 SIZES = dict(image_size=64, patch_size=8, stem=True, image_width=128, image_depth=3, text_depth=3,
              max_positions=64, word_dim=128, embed_dim=64)
 LATE_AT = 1750  # step from which captions also correct themselves at length
@@ -323,7 +322,7 @@ def parse_args(argv=None):
     add("--save-every", type=int, default=250, help="steps between states to resume from")
     add("--validate", metavar="FILE", help='only print the held-out figures of FILE or "pocket"')
     add("--matching-of", metavar="FILE", help=f'begin at step {first} with FILE or "pocket"')
-    add("--out", type=Path, default=HERE / "blip.pth",
+    add("--out", type=Path, default=VOCAB.with_name("blip.pth"),
         help="weights (fp16); OUT.log has the figures, OUT.state is what the same command resumes")
     args = parser.parse_args(argv)
     check_options(parser, args, steps=1, batch=8, seed=0, threads=1, held_out=2, save_every=1)
