@@ -1,1 +1,1 @@
-"""The pocket world: drawn images, benchmarks in the real layouts and a small BLIP, so that everything runs on a laptop."""
+"""The pocket world: drawn images, benchmarks in the real layouts, a small BLIP for a laptop."""

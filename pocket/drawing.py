@@ -8,7 +8,7 @@ from math import cos, pi, sin
 
 from PIL import Image, ImageDraw
 
-from .specs import COLOURS, Scene, Spec
+from .specs import COLOURS, Garment, Spec
 
 LINE, DARK, CREAM, TRUNK = (35, 35, 45), (60, 60, 70), (255, 246, 220), (121, 82, 48)
 SKIN, GOLD, SILVER, BEAK = (233, 190, 160), (240, 200, 60), (190, 190, 200), (247, 160, 30)
@@ -70,7 +70,6 @@ def draw_shapes(pen, shapes, colour, x, y, scale=1, sign=1, width=2):
             {"oval": pen.ellipse, "rect": pen.rectangle}[form](box, fill, LINE, width)
 
 
-# --------------------------------------------------------------------------------------- scenes
 SKY_GROUND = {  # background -> colour above the horizon, colour below it
     "meadow": ((168, 216, 255), (140, 200, 96)), "night": ((22, 26, 62), (38, 56, 50)),
     "snow": ((205, 222, 236), (240, 245, 250)), "beach": ((150, 214, 250), (240, 218, 160)),
@@ -78,15 +77,15 @@ SKY_GROUND = {  # background -> colour above the horizon, colour below it
 }
 
 
-def clutter(horizon):
-    """Background -> what is scattered: number, range of x, of y, width, height, form, colour."""
-    clouds = (2, (-10, 110), (0, 26), 30, 12, "oval", (245, 250, 255))
+def clutter(pen, horizon):
+    """Background -> what it is strewn with: number, range of x, of y, width, height, pen, style."""
+    clouds = (2, (-10, 110), (0, 26), 30, 12, pen.ellipse, (245, 250, 255))
     return {
-        "meadow": [clouds, (9, (0, 124), (horizon + 12, 124), 2, -7, "line", (84, 150, 60))],
-        "night": [(9, (0, 127), (0, horizon - 8), 2, 2, "oval", (250, 250, 230))],
-        "snow": [(22, (0, 127), (0, 127), 4, 4, "oval", (255, 255, 255))],
-        "beach": [clouds, (9, (0, 124), (horizon + 12, 124), 5, 3, "oval", (206, 180, 120))],
-        "sea": [(10, (-8, 120), (horizon + 4, 124), 16, 8, "arc", (170, 210, 235))],
+        "meadow": [clouds, (9, (0, 124), (horizon + 12, 124), 2, -7, pen.line, (84, 150, 60), 2)],
+        "night": [(9, (0, 127), (0, horizon - 8), 2, 2, pen.ellipse, (250, 250, 230))],
+        "snow": [(22, (0, 127), (0, 127), 4, 4, pen.ellipse, (255, 255, 255))],
+        "beach": [clouds, (9, (0, 124), (horizon + 12, 124), 5, 3, pen.ellipse, (206, 180, 120))],
+        "sea": [(10, (-8, 120), (horizon + 4, 124), 16, 8, pen.arc, 180, 360, (170, 210, 235), 2)],
         "room": [],
     }
 
@@ -106,28 +105,12 @@ def draw_background(pen, background, rng):
         pen.line((x + 9, 8, x + 9, 40), (110, 76, 50), 3)
         for v in range(horizon + 12, 128, 14):
             pen.line((0, v, 128, v), (138, 94, 62), 2)
-    for number, xs, ys, width, height, form, fill in clutter(horizon)[background]:
+    for number, xs, ys, width, height, paint, *style in clutter(pen, horizon)[background]:
         for _ in range(number):
             u, v = rng.randint(*xs), rng.randint(*ys)
-            box = (u, v, u + width, v + height)
-            if form == "oval":
-                pen.ellipse(box, fill)
-            elif form == "line":
-                pen.line(box, fill, 2)
-            else:
-                pen.arc(box, 180, 360, fill, 2)
+            paint((u, v, u + width, v + height), *style)
 
 
-def draw_scene(pen, scene, rng):
-    draw_background(pen, scene.background, rng)
-    for thing in scene.things:
-        radius = (20.5 if thing.size == "big" else 13.5) * rng.uniform(0.93, 1.07)
-        x = {"left": 22, "middle": 64, "right": 106}[thing.place] + rng.uniform(-3, 3)
-        y, sign = rng.uniform(62, 98), -1 if rng.random() < 0.5 else 1
-        draw_shapes(pen, SHAPES[thing.kind], COLOURS[thing.colour], x, y, radius, sign)
-
-
-# ------------------------------------------------------------------------------------- garments
 CUTS = {"dress": (72, 98, 15), "shirt": (50, 76, 1), "toptee": (42, 66, -3)}  # short, long, flare
 
 
@@ -206,8 +189,13 @@ def draw(spec: Spec) -> Image.Image:
     """RGB, 64 x 64 pixels."""
     image, rng = Image.new("RGB", (128, 128)), random.Random(spec.pose)
     pen = ImageDraw.Draw(image)
-    if isinstance(spec, Scene):
-        draw_scene(pen, spec, rng)
-    else:
+    if isinstance(spec, Garment):
         draw_garment(image, pen, spec, rng)
+        return image.reduce(2)
+    draw_background(pen, spec.background, rng)
+    for thing in spec.things:
+        radius = (20.5 if thing.size == "big" else 13.5) * rng.uniform(0.93, 1.07)
+        x = {"left": 22, "middle": 64, "right": 106}[thing.place] + rng.uniform(-3, 3)
+        y, sign = rng.uniform(62, 98), -1 if rng.random() < 0.5 else 1
+        draw_shapes(pen, SHAPES[thing.kind], COLOURS[thing.colour], x, y, radius, sign)
     return image.reduce(2)

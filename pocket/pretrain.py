@@ -1,4 +1,4 @@
-"""Pre-train pocket BLIP on drawn pairs by image-text contrast (ITC) and matching (ITM), as BLIP does.
+"""Pre-train pocket BLIP on drawn pairs, by image-text contrast (ITC) and matching (ITM).
 
     python -m pocket.pretrain --out pocket/blip.pth                # the shipped weights
     python -m pocket.pretrain --validate pocket                    # their held-out figures
@@ -29,15 +29,13 @@ from . import specs as language
 from .drawing import draw
 from .specs import EARLY_MIX, LATE_MIX
 
-HERE = Path(__file__).parent
-VOCAB = HERE / "vocab.txt"
+VOCAB = Path(__file__).with_name("vocab.txt")
 SIZES = dict(image_size=64, patch_size=8, stem=True, image_width=128, image_depth=3, text_depth=3,
              max_positions=64, word_dim=128, embed_dim=64)
 LATE_AT = 1750  # step from which captions also correct themselves at length
 HARD_AT = 2000  # step from which ITM's negatives are as hard as BLIP's
 WARMUP = 200  # steps of each phase
 TEMPERATURES = (0.02, 0.5)  # limits; colder, the contrast would be all there is
-LOG_EVERY = 500  # steps between held-out figures
 
 
 # ------------------------------------------------------------------------------------ the recipe
@@ -88,9 +86,9 @@ def draw_rows(rng, size, mix, phase):
     return rows
 
 
-def new_model(tokenizer, sizes=SIZES):
+def new_model(tokenizer):
     """Pocket BLIP with fresh weights: torch's own for linear layers, N(0, 0.02) for embeddings."""
-    blip = blip_lite.Blip({**sizes, "vocab_size": tokenizer.vocab_size}, tokenizer)
+    blip = blip_lite.Blip({**SIZES, "vocab_size": tokenizer.vocab_size}, tokenizer)
     for name, parameter in blip.named_parameters():
         if "embeddings.weight" in name or name.endswith(("pos_embed", "cls_token")):
             torch.nn.init.normal_(parameter, std=0.02)
@@ -108,16 +106,8 @@ def new_optimizer(blip, phase):
 
 
 # ---------------------------------------------------------------------------------------- losses
-def contrastive_loss(v, t, temperature, true):
-    """Symmetric InfoNCE over [B, B] similarities; false negatives, as `true` shows, are left out."""
-    target = torch.arange(len(v))
-    others = true & ~torch.eye(len(v), dtype=torch.bool)
-    logits = (t @ v.T / temperature).masked_fill(others, -1e4)  # [text, image]
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
 def by_length(encode, words, mask, *images):
-    """encode(words, mask, *images) in four groups of similar length; captions have 4 to 50 tokens."""
+    """encode(words, mask, *images) in four groups of similar length, to pad less."""
     order, parts = mask.sum(1).argsort(), []
     for rows in order.chunk(4):
         T = int(mask[rows].sum(1).max())
@@ -125,12 +115,29 @@ def by_length(encode, words, mask, *images):
     return torch.cat(parts)[order.argsort()]
 
 
+def encode(blip, specs, texts, precision):
+    """-> v, F_v of B images; words, mask of all texts; t of the first B."""
+    with autocast("cpu", precision):
+        v, F_v = blip.encode_image(torch.stack([blip.preprocess(draw(spec)) for spec in specs]))
+        ids, mask = blip.tokenize(texts)
+        words = blip.embed_words(ids)
+        t = by_length(blip.encode_text, words[: len(v)], mask[: len(v)])
+    return v, F_v, words, mask, t
+
+
+def contrastive_loss(v, t, temperature, true):
+    """Symmetric InfoNCE over [B, B] similarities, without the false negatives that `true` shows."""
+    target = torch.arange(len(v))
+    others = true & ~torch.eye(len(v), dtype=torch.bool)
+    logits = (t @ v.T / temperature).masked_fill(others, -1e4)  # [text, image]
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
 def draw_negatives(similarity, true, hardness, count):
     """A wrong image for each of the first `count` texts, a wrong text for each of the first images.
 
-    similarity, true [B, B]: text i, image j -> two int64 [count], drawn with probability
-    softmax(hardness * similarity): from 0, all alike, to 1, BLIP's own. With hard ones from the
-    start the matching head never leaves the majority answer.
+    similarity, true: [B, B], text i and image j. They are drawn by softmax(hardness * similarity).
+    1 is BLIP's own; with hard ones from the start matching never leaves the majority answer.
     """
     weights = (hardness * similarity.detach()).masked_fill(true, -1e4)
     image = torch.multinomial(weights[:count].softmax(1) + 1e-8, 1)[:, 0]
@@ -139,11 +146,10 @@ def draw_negatives(similarity, true, hardness, count):
 
 
 def matching_pairs(similarity, true, wrong, hardness, phase):
-    """Which text meets which image in ITM -> texts, images, labels, int64 [P] each.
+    """Texts, images and labels of ITM, int64 [P] each.
 
-    In this order: the first of the batch's pairs; where there are wrong captions (wrong [B], text
-    B + i for image i), these images with them, or with a hard text; texts with a hard image;
-    images with a hard text.
+    First true pairs; with twins, their images with wrong captions (text B + i if wrong[i], else a
+    hard text); then texts with hard images, and images with hard texts.
     """
     count = int(phase.matched * len(true))
     own, hard = torch.arange(count), int(phase.hard * count)
@@ -157,31 +163,25 @@ def matching_pairs(similarity, true, wrong, hardness, phase):
 
 
 def losses(blip, rows, phase, hardness, precision):
-    """ITC and ITM on the rows of `draw_rows` -> a dict of scalars, with temperature and accuracy."""
+    """ITC, ITM, the temperature, the accuracy of matching on the rows of `draw_rows`."""
     specs, captions, facts, mistaken = zip(*rows, strict=True)
     wrong = torch.tensor([text is not None for text in mistaken])
     texts = [*captions, *(text or "" for text in mistaken)] if phase.twins else list(captions)
     true = torch.from_numpy(language.holds(facts, specs))  # [B, B]: is text i true of image j?
-    with autocast("cpu", precision):
-        v, F_v = blip.encode_image(torch.stack([blip.preprocess(draw(spec)) for spec in specs]))
-        ids, mask = blip.tokenize(texts)
-        words = blip.embed_words(ids)
-        t = by_length(blip.encode_text, words[: len(v)], mask[: len(v)])
+    v, F_v, words, mask, t = encode(blip, specs, texts, precision)
     temperature = blip.temp.clamp(*TEMPERATURES)
-    itc = contrastive_loss(v, t, temperature, true)  # float32: bfloat16 steps by 0.25 at 50
+    itc = contrastive_loss(v, t, temperature, true)  # in float32: bfloat16 steps by 0.25 at 50
     similarity = t @ v.T / temperature
     texts, images, labels = matching_pairs(similarity, true, wrong, hardness, phase)
     with autocast("cpu", precision):
         logits = by_length(blip.match, words[texts], mask[texts], F_v[images]).float()
     itm = F.cross_entropy(logits, labels, torch.tensor([1.0, phase.weight]))
-    matched = (logits.argmax(1) == labels).float().mean()
-    return {"itc": itc, "itm": itm, "temperature": temperature, "matched": matched}
+    return itc, itm, temperature, (logits.argmax(1) == labels).float().mean()
 
 
-# ------------------------------------------------------------------------------- held-out figures
 @torch.no_grad()
 def validate(blip, count=1000, seed=0, precision="fp32"):
-    """Figures on specs of the validation split, in percent.
+    """Held-out figures on specs of the validation split, in percent.
 
     full / partial: text-to-image R@1 among `count` images, with captions that are full or of any
     length; composed: with "caption of the reference that modifier". matching: accuracy on an
@@ -191,21 +191,14 @@ def validate(blip, count=1000, seed=0, precision="fp32"):
     blip.eval()
     out, rng, own = {}, language.Rng(seed), torch.arange(count)
 
-    def encode(texts, specs):
-        with autocast("cpu", precision):
-            ids, mask = blip.tokenize(texts)
-            words = blip.embed_words(ids)
-            v, F_v = blip.encode_image(torch.stack([blip.preprocess(draw(spec)) for spec in specs]))
-            t = by_length(blip.encode_text, words, mask)
-        return words, mask, F_v, t @ v.T  # outside autocast: bfloat16 similarities would tie
-
-    def recall(similarity):
-        return 100 * (similarity.argmax(1) == own).float().mean().item()
+    def mean(right):
+        return right.float().mean()
 
     for name, keep in (("full", 1.0), ("partial", None)):
         specs = [language.sample(rng, "val", rng.choice(language.MAKERS)) for _ in own]
         texts, facts = zip(*(language.describe(spec, rng, keep) for spec in specs), strict=True)
-        words, mask, F_v, similarity = encode(list(texts), specs)
+        v, F_v, words, mask, t = encode(blip, specs, list(texts), precision)
+        similarity = t @ v.T  # outside autocast: bfloat16 similarities would tie
         true = torch.from_numpy(language.holds(facts, specs))
         hard = similarity.masked_fill(true, -2).argmax(0)  # [image] -> the best of the wrong texts
         drawn = []
@@ -214,13 +207,12 @@ def validate(blip, count=1000, seed=0, precision="fp32"):
             image, text = draw_negatives(logits, true[part][:, part], 1.0, len(part))
             drawn += [(part, part[image]), (part[text], part)]
         with autocast("cpu", precision):
-            match = [blip.match(words[i], mask[i], F_v[j]).argmax(1)
-                     for i, j in ((own, own), (hard, own), *drawn)]
-        positive, negative = (match[0] == 1).float().mean(), (match[1] == 0).float().mean()
-        drawn = (torch.cat(match[2:]) == 0).float().mean()
-        out[f"{name}_R@1"] = recall(similarity)
-        out[f"{name}_matching"] = 50 * (positive + negative).item()
-        out[f"{name}_drawn"] = 50 * (positive + drawn).item()
+            positive, negative, *drawn = (blip.match(words[i], mask[i], F_v[j]).argmax(1)
+                                          for i, j in ((own, own), (hard, own), *drawn))
+        right, drawn = mean(positive == 1), torch.cat(drawn)
+        out[f"{name}_R@1"] = 100 * mean(similarity.argmax(1) == own).item()
+        out[f"{name}_matching"] = 50 * (right + mean(negative == 0)).item()
+        out[f"{name}_drawn"] = 50 * (right + mean(drawn == 0)).item()
     for kind in language.EDIT_KINDS:
         texts, specs = [], []
         while len(specs) < count:
@@ -230,7 +222,8 @@ def validate(blip, count=1000, seed=0, precision="fp32"):
                 specs.append(change.apply(before))
                 caption, _ = language.describe(before, rng, 1.0)
                 texts.append(f"a photo of {caption} that {change.text}")
-        out[f"composed_{kind}_R@1"] = recall(encode(texts, specs)[-1])
+        v, *_, t = encode(blip, specs, texts, precision)
+        out[f"composed_{kind}_R@1"] = 100 * mean((t @ v.T).argmax(1) == own).item()
     blip.train()
     return {name: round(percent, 1) for name, percent in out.items()}
 
@@ -253,8 +246,8 @@ def load_state(path, settings, blip):
         raise ValueError(f"{path}: is damaged or of another version of this program; delete it to "
                          "start anew") from None
     option, was = f"--{other[0].replace('_', '-')}", state["settings"][other[0]]
-    raise ValueError(f"{path}: is of {option} {was}, not {settings[other[0]]}; give {option} {was}, "
-                     "or delete the file to start anew")
+    raise ValueError(f"{path}: is of {option} {was}, not {settings[other[0]]}; give {option} "
+                     f"{was}, or delete the file to start anew")
 
 
 def train(blip, settings, out, held_out, save_every, precision):
@@ -281,21 +274,21 @@ def train(blip, settings, out, held_out, save_every, precision):
         torch.manual_seed(seed * 1_000_003 + step)  # a resumed run draws the same negatives
         rng, mix = language.Rng(f"{seed}-{step}"), LATE_MIX if step >= LATE_AT else EARLY_MIX
         rows = draw_rows(rng, int(phase.size * settings["batch"]), mix, phase)
-        values = losses(blip, rows, phase, min(1.0, step / HARD_AT), precision)
-        loss = values["itc"] + values["itm"]
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at step {step}; lower --lr")
+        itc, itm, temperature, right = losses(blip, rows, phase, min(1, step / HARD_AT), precision)
         blip.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(blip.parameters(), 1.0)
+        (itc + itm).backward()
+        norm = torch.nn.utils.clip_grad_norm_(blip.parameters(), 1.0)
+        if not torch.isfinite(itc + itm + norm):
+            raise ValueError(f"the loss is {(itc + itm).item()} and its gradient {norm.item()} at "
+                             f"step {step}; lower --lr")
         optimizer.step()
-
-        values = {name: round(value.item(), 4) for name, value in values.items()}
-        bar.set_postfix(values)
+        bar.set_postfix(itc=f"{itc:.3f}", itm=f"{itm:.3f}", matched=f"{right:.2f}")
         done, last = step + 1, step + 1 == steps
-        if done % LOG_EVERY == 0 or last:
-            figures = validate(blip, held_out, precision=precision)
-            row = {"step": done, "seconds": round(time.time() - began), **values, **figures}
+        if done % 500 == 0 or last:
+            row = {"step": done, "seconds": round(time.time() - began),
+                   "itc": round(itc.item(), 4), "itm": round(itm.item(), 4),
+                   "temperature": round(temperature.item(), 4),
+                   **validate(blip, held_out, precision=precision)}
             with explained(log_file), log_file.open("a") as log:
                 log.write(json.dumps(row) + "\n")
             tqdm.write(json.dumps(row))
@@ -303,13 +296,11 @@ def train(blip, settings, out, held_out, save_every, precision):
                 blip.temp.data.clamp_(*TEMPERATURES)  # beyond the limits no gradient reaches it
             with replacing(out) as file:
                 blip_lite.save(blip, file)
-        if done % save_every == 0 or last or stop:  # last of all: a run killed before repeats the step
-            if not all(x.isfinite().all() for x in blip.state_dict().values()):
-                raise ValueError(f"the weights are not finite after step {done} and are not saved; "
-                                 "lower --lr")
+        if done % save_every == 0 or last or stop:  # last: a run killed before repeats the step
+            state = {"model": blip.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
+                     "settings": settings}
             with replacing(state_file) as file:
-                torch.save({"model": blip.state_dict(), "optimizer": optimizer.state_dict(),
-                            "step": done, "settings": settings}, file)
+                torch.save(state, file)
         if stop:
             print(f"\nstopped after step {done}; the same command resumes from {state_file}")
             return stop[0]
@@ -331,7 +322,7 @@ def parse_args(argv=None):
     add("--save-every", type=int, default=250, help="steps between states to resume from")
     add("--validate", metavar="FILE", help='only print the held-out figures of FILE or "pocket"')
     add("--matching-of", metavar="FILE", help=f'begin at step {first} with FILE or "pocket"')
-    add("--out", type=Path, default=HERE / "blip.pth",
+    add("--out", type=Path, default=VOCAB.with_name("blip.pth"),
         help="weights (fp16); OUT.log has the figures, OUT.state is what the same command resumes")
     args = parser.parse_args(argv)
     check_options(parser, args, steps=1, batch=8, seed=0, threads=1, held_out=2, save_every=1)

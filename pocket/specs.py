@@ -1,14 +1,13 @@
 """The language of the pocket world: specs of images, captions about them, and edits of both.
 
-There are two domains: *scenes* (one to three things on a background) and *garments*. A frozen
-dataclass describes an image. None in a field is "not said", so the same dataclass also holds what
-a caption claims (its *facts*):
+A frozen dataclass describes an image: a *scene* (one to three things on a background) or a
+*garment*. None is "not said", so it also holds what a caption claims, its *facts*:
 
     describe(spec, rng)     -> caption, facts     partial and varied, as captions on the web are
     edit(spec, rng, kind)   -> Edit               the modifier's text, and the changes it asks for
     holds(facts, specs)     -> bool [A, B]        which facts are true of which images
 
-The order of the random draws is part of the world: the shipped weights and results rest on it.
+The order of random draws is part of the world: the shipped weights and results rest on it.
 """
 
 import random
@@ -23,7 +22,7 @@ COLOURS = {"red": (214, 40, 40), "orange": (247, 127, 0), "yellow": (252, 216, 5
 KINDS = ("cat", "dog", "bird", "fish", "boat", "car", "house", "tree", "flower", "cup", "ball",
          "star")
 SIZES = ("small", "big")
-PLACES = ("left", "middle", "right")
+PLACES = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
 BACKGROUNDS = {"meadow": "in a meadow", "night": "at night", "snow": "in the snow",
                "beach": "on the beach", "sea": "on the sea", "room": "in a room"}
 GARMENTS = ("dress", "shirt", "toptee")  # FashionIQ's three categories
@@ -38,9 +37,6 @@ THING = {"kind": KINDS, "colour": COLOURS, "size": SIZES, "place": PLACES}
 GARMENT = {"kind": GARMENTS, "colour": COLOURS, "pattern": PATTERNS, "sleeves": SLEEVES,
            "neckline": NECKLINES, "length": LENGTHS, "detail": DETAILS,
            "second": ("none", *COLOURS)}
-
-CODES = {value: i for i, value in enumerate(
-    [*BACKGROUNDS, *(v for table in (THING, GARMENT) for values in table.values() for v in values)])}
 
 SETS = {"pretrain": 50, "unlabeled": 70, "val": 85, "test": 100}  # where each ends, in percent
 EDIT_KINDS = ("one", "multi", "replace", "describe")  # see `edit`
@@ -96,7 +92,7 @@ def pick(rng, values, *taken):
 
 def random_scene(rng: Rng, count=None) -> Scene:
     count = count or rng.choices((1, 2, 3), weights=(2, 5, 3))[0]
-    places, kinds = rng.sample(PLACES, count), rng.sample(KINDS, count)
+    places, kinds = rng.sample(list(PLACES), count), rng.sample(KINDS, count)
     things = [Thing(kind, pick(rng, COLOURS), pick(rng, SIZES), place)
               for kind, place in zip(kinds, places, strict=True)]
     return Scene(tuple(things), pick(rng, BACKGROUNDS), rng.getrandbits(31))
@@ -133,12 +129,11 @@ def set_thing(scene: Scene, index: int, **values) -> Scene:
     return replace(scene, things=tuple(things))
 
 
-def encode(spec: Spec) -> list[int]:
-    """21 integers: three things x THING, the background, GARMENT; -1 where nothing is said."""
-    things = [*getattr(spec, "things", ()), Thing(), Thing(), Thing()][:3]
-    values = [getattr(thing, name) for thing in things for name in THING]
-    values += [getattr(spec, name, None) for name in ("background", *GARMENT)]
-    return [CODES.get(value, -1) for value in values]
+def _said(spec):
+    """What is said of the image itself, and of each of its things: sets of (attribute, value)."""
+    whole = {(k, v) for k, v in vars(spec).items() if v is not None and k not in ("things", "pose")}
+    things = [set(known(thing).items()) for thing in getattr(spec, "things", ())]
+    return whole, [thing for thing in things if thing]
 
 
 def holds(facts, specs) -> np.ndarray:
@@ -146,33 +141,29 @@ def holds(facts, specs) -> np.ndarray:
 
     What is said of a thing has to be true of one and the same thing of the scene.
     """
-    f, s = (np.array([encode(x) for x in some], np.int8) for some in (facts, specs))
-    f, s = f[:, None], s[None]  # [A, 1, 21], [1, B, 21]
-    things_f, things_s = f[..., :12].reshape(-1, 1, 3, 1, 4), s[..., :12].reshape(1, -1, 1, 3, 4)
-    found = ((things_f < 0) | (things_f == things_s)).all(-1).any(-1).all(-1)  # [A, B]
-    return found & ((f[..., 12:] < 0) | (f[..., 12:] == s[..., 12:])).all(-1)
+    facts, specs = map(_said, facts), [_said(spec) for spec in specs]
+    return np.array([[whole <= there and all(any(map(thing.issubset, seen)) for thing in things)
+                      for there, seen in specs] for whole, things in facts])
 
 
 # ------------------------------------------------------------------------------------- captions
-def _articles(text):
-    """ "a" as it should be before the one word that begins with a vowel, and before a plural."""
+def _join(*words):
+    """The words that are not None, with the right article before a vowel and before a plural."""
+    text = " ".join(filter(None, words))
     return text.replace("a orange", "an orange").replace("a buttons", "buttons")
 
 
 def _noun(thing):
-    words = filter(None, ("a", thing.size, thing.colour, thing.kind or "thing"))
-    where = {"left": " on the left", "right": " on the right", "middle": " in the middle"}
-    return _articles(" ".join(words)) + where.get(thing.place, "")
+    return _join("a", thing.size, thing.colour, thing.kind, PLACES.get(thing.place))
 
 
 def say(facts: Spec, rng: Rng) -> str:
     """Facts -> words."""
     if isinstance(facts, Scene):
-        nouns = [_noun(thing) for thing in facts.things if thing.kind]
-        text = nouns[0] if nouns else "a picture"
-        for noun in nouns[1:]:
-            text += rng.choice((" and ", " and ", " with ", " next to ")) + noun
-        return f"{text} {BACKGROUNDS[facts.background]}" if facts.background else text
+        words = [_noun(thing) for thing in facts.things if thing.kind] or ["a picture"]
+        for i in range(1, len(words)):
+            words[i] = rng.choice(("and ", "and ", "with ", "next to ")) + words[i]
+        return _join(*words, BACKGROUNDS.get(facts.background))
     words = ["a", facts.length, facts.colour]
     if facts.pattern:
         two = facts.colour and facts.second not in (None, "none")
@@ -182,8 +173,7 @@ def say(facts: Spec, rng: Rng) -> str:
     extras += [f"a {facts.neckline}"] if facts.neckline else []
     extras += [f"a {facts.detail}"] if facts.detail not in (None, "none") else []
     rng.shuffle(extras)
-    words += ["with", " and ".join(extras)] if extras else []
-    return _articles(" ".join(filter(None, words)))
+    return _join(*words, "with" if extras else None, " and ".join(extras))
 
 
 def forget(spec: Spec, rng: Rng, keep: float) -> Spec:
@@ -302,7 +292,7 @@ def _scene_change(scene, rng, what, index):
         return f"has a {new} instead of the {thing.kind}", Change(index, {"kind": new})
     new = pick(rng, THING[what], getattr(thing, what))  # colour or size
     short = len(kinds) == 1 and rng.random() < 0.6
-    phrase = f"is {new}" if short else _articles(f"has a {new} {thing.kind}")
+    phrase = f"is {new}" if short else _join("has a", new, thing.kind)
     return phrase, Change(index, {"kind": thing.kind, what: new})
 
 
@@ -395,7 +385,7 @@ def _garment_change(garment, rng, what, before):
     elif what == "length":
         phrase = f"is {new}" + rng.choice(("", "er"))
     else:
-        phrase = _articles(f"has a {new}")
+        phrase = _join("has a", new)
     return phrase, {what: new}, {what: new}
 
 

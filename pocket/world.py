@@ -4,9 +4,8 @@
 
 writes train/ (unlabeled images) and the validation and test sets of cirr/ (scenes, one target),
 circo/ (scenes, several targets) and fashioniq/ (garments, two captions). Beyond the official fields
-each query has a "modifier_type", one of specs.EDIT_KINDS. Unlike the real test sets, these hold
-their targets. Whatever the seed, specs.SETS keeps apart pairs for BLIP's pre-training, unlabeled
-images for ISA, validation and test.
+each query has a "modifier_type" of specs.EDIT_KINDS; unlike the real test sets, these hold targets.
+Whatever the seed, pre-training, train/, validation and test share no spec (specs.split_of).
 """
 
 import argparse
@@ -40,7 +39,7 @@ def _fresh(spec, rng):
     """The same content with another pose and clutter and, for most scenes, in other places."""
     spec = replace(spec, pose=rng.getrandbits(31))
     if isinstance(spec, Scene) and rng.random() < 0.6:
-        places = rng.sample(specs.PLACES, len(spec.things))
+        places = rng.sample(list(specs.PLACES), len(spec.things))
         for i, place in enumerate(places):
             spec = specs.set_thing(spec, i, place=place)
     return spec
@@ -97,7 +96,7 @@ def make_cirr(rng, split, groups):
 
 
 def make_circo(rng, counts, extra):
-    """CIRCO: counts {split: queries} -> images {COCO id: spec} of the one gallery, {split: entries}.
+    """CIRCO: counts {split: queries} -> images {COCO id: spec} of both splits, {split: entries}.
 
     A query keeps part of its reference (the shared concept) and asks for a change. Every image of
     the gallery that fits both is a ground truth: two to five are drawn for it, others turn up by
@@ -137,7 +136,7 @@ def make_circo(rng, counts, extra):
 
 
 def make_fashioniq(rng, split, category, queries, gallery):
-    """FashionIQ -> images {name: spec}, entries. A query has two captions, parts of its modifier."""
+    """FashionIQ -> images {name: spec}, entries: two captions a query, parts of its modifier."""
     images, entries, make = {}, [], partial(random_garment, kind=category)
     name = f"{split[0].upper()}{category[0].upper()}{{:07d}}".format
     for _ in range(queries):
