@@ -40,7 +40,7 @@ def canvas(rows, columns, side=SIDE, text=0.35):
 
 
 def finish(figure):
-    """Show a figure as a PNG of 255 colours, half the usual size: committed notebooks stay small."""
+    """Show a figure as a PNG of 255 colours: half the size keeps committed notebooks small."""
     plain, small = io.BytesIO(), io.BytesIO()
     figure.savefig(plain, dpi=DPI, bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)
