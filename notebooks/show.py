@@ -1,10 +1,11 @@
-"""What several notebooks draw alike: images in a row, attention maps over an image, what a query retrieves.
+"""Drawing that several notebooks share: images in a row, attention maps, what a query retrieves.
 
     show.images(paths, captions)                     # pictures side by side
     show.maps(paths[0], cross)                       # [L, H, W], one picture for each token
-    show.retrieved(benchmark, query, {"ISA": names}) # reference, modifier, best images; framed green = a target
+    show.retrieved(benchmark, query, {"ISA": names}) # reference, modifier, best images
 
-An image is a path or a PIL image. Each function draws one figure and shows it.
+An image is a path or a PIL image. Each function draws one figure and shows it. A green frame marks
+a target.
 """
 
 import io
@@ -23,32 +24,34 @@ GREEN = "#1ea03c"
 
 
 def picture(image):
-    """A path or a PIL image -> RGB, enlarged without smoothing where it is small."""
+    """A path or a PIL image -> RGB, enlarged without smoothing if it is small."""
     image = blip_lite.to_rgb(image if isinstance(image, Image.Image) else Image.open(image))
     return image.resize((128, 128), Image.Resampling.NEAREST) if max(image.size) < 128 else image
 
 
 def canvas(rows, columns, side=SIDE, text=0.35):
-    """rows x columns bare axes [rows, columns], with `text` inches above each image for its caption."""
-    figure, axes = plt.subplots(rows, columns, figsize=(columns * side, rows * (side + text)), dpi=DPI, squeeze=False,
+    """Bare axes [rows, columns], with `text` inches above each image for its caption."""
+    size = columns * side, rows * (side + text)
+    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=DPI, squeeze=False,
                                 layout="constrained")  # fmt: skip
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[], frame_on=False, anchor="S")  # what room is left stays above, for captions
+        axis.set(xticks=[], yticks=[], frame_on=False, anchor="S")  # captions use the room above
     return figure, axes
 
 
 def finish(figure):
-    """Show a figure as a PNG of 255 colours, half of the usual size: committed notebooks should be small."""
+    """Show a figure as a PNG of 255 colours: half the size keeps committed notebooks small."""
     plain, small = io.BytesIO(), io.BytesIO()
     figure.savefig(plain, dpi=DPI, bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)
-    few = Image.open(plain).convert("RGB").quantize(255, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    method, dither = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE
+    few = Image.open(plain).convert("RGB").quantize(255, method, dither=dither)
     few.save(small, "PNG", optimize=True)
     display(Png(small.getvalue()))
 
 
 def put(axis, image, caption="", frame=None, width=19):
-    """One image in one axis; the caption above it, wrapped at `width` letters, and a frame of that colour around it."""
+    """Draw one image, its caption wrapped at `width` letters, and a frame of that colour."""
     axis.imshow(picture(image))
     axis.set_title(textwrap.fill(caption, width), fontsize=8)
     if frame:
@@ -58,34 +61,39 @@ def put(axis, image, caption="", frame=None, width=19):
 
 
 def images(pictures, captions=None, framed=(), columns=8, title=None, text=0.35, side=SIDE):
-    """Pictures in rows of `columns`, a caption above each; `framed` are the numbers of those with a green frame."""
+    """Draw pictures in rows of `columns`; those whose index is in `framed` get a green frame."""
     pictures, columns = list(pictures), min(columns, len(pictures))
     figure, axes = canvas(-(-len(pictures) // columns), columns, side, text + 0.25 * bool(title))
     for i, image in enumerate(pictures):
-        width = int(15 * side)
-        put(axes.flat[i], image, captions[i] if captions else "", GREEN if i in framed else None, width)
+        frame = GREEN if i in framed else None
+        put(axes.flat[i], image, captions[i] if captions else "", frame, width=int(15 * side))
     figure.suptitle(title, fontsize=10)
     finish(figure)
 
 
 def maps(image, weights, captions=None, title=None):
-    """The image, then for each map of weights [L, H, W] a faded copy under it, in red; the deepest red is that map's maximum."""
+    """Draw the image, then a faded copy under each map [H, W] of weights [L, H, W], in red.
+
+    The deepest red is that map's maximum.
+    """
     captions = captions or [f"u{i + 1}" for i in range(len(weights))]
     pictures = [overlay(picture(image), w) for w in weights]
     images([image, *pictures], ["image", *captions], columns=len(weights) + 1, title=title)
 
 
 def retrieved(benchmark, query, rankings, top=6):
-    """One query under several methods, {label: names best first}: reference and modifier at the left, a row for each method.
+    """Draw one query under several methods, {label: names best first}, one row each.
 
-    A green frame marks a target; above each row's first image stands where the (first) target was found.
+    Reference and modifier are at the left. Each row's title says where the first target is.
     """
     figure, axes = canvas(len(rankings), top + 2, text=0.3)
     put(axes[0, 0], benchmark.paths[query.reference], "reference")
-    axes[0, 1].text(0.5, 0.5, textwrap.fill("that " + " / ".join(query.captions), 16), ha="center", va="center", fontsize=9)
+    modifier = textwrap.fill("that " + " / ".join(query.captions), 16)
+    axes[0, 1].text(0.5, 0.5, modifier, ha="center", va="center", fontsize=9)
     for row, (label, names) in zip(axes, rankings.items(), strict=True):
         place = min((names.index(t) + 1 for t in query.targets if t in names), default=None)
         for axis, name in zip(row[2:], names, strict=False):
             put(axis, benchmark.paths[name], frame=GREEN if name in query.targets else None)
-        row[2].set_title(f"{label}: target at {place or f'> {len(names)}'}", fontsize=8, loc="left")
+        place = place or f"> {len(names)}"
+        row[2].set_title(f"{label}: target at {place}", fontsize=8, loc="left")
     finish(figure)
