@@ -3,55 +3,20 @@
 What no caption mentions (jitter, direction, clutter) comes from spec.pose.
 """
 
+import json
 import random
-from math import cos, pi, sin
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from .specs import COLOURS, Garment, Spec
 
-LINE, DARK, CREAM, TRUNK = (35, 35, 45), (60, 60, 70), (255, 246, 220), (121, 82, 48)
-SKIN, GOLD, SILVER, BEAK = (233, 190, 160), (240, 200, 60), (190, 190, 200), (247, 160, 30)
+LINE, DARK, CREAM = (35, 35, 45), (60, 60, 70), (255, 246, 220)
+SKIN, GOLD, SILVER = (233, 190, 160), (240, 200, 60), (190, 190, 200)
 
-# A thing is a list of (form, points, fill) in a box from -1 to 1, y downwards. Without a fill it
-# has the thing's colour; an arc has its two angles instead.
-SHAPES = {
-    "cat": [("poly", (-.1, .1, .55, -.3, .95, -.9, 1, -.3, .6, .3)),
-            ("oval", (-.6, -.05, .7, .95)), ("poly", (-.85, -.95, -.35, -.6, -.8, -.3)),
-            ("poly", (.15, -.95, -.3, -.6, .15, -.3)), ("oval", (-.9, -.75, .2, .2)),
-            ("oval", (-.65, -.4, -.5, -.2), LINE), ("oval", (-.2, -.4, -.05, -.2), LINE)],
-    "dog": [("oval", (-.5, -.1, .95, .5)), ("rect", (-.4, .2, -.1, .95)),
-            ("rect", (.5, .2, .8, .95)), ("oval", (-1, -.75, -.1, .1)),
-            ("oval", (-.4, -.75, 0, .25), DARK), ("oval", (-1, -.35, -.8, -.1), LINE),
-            ("poly", (.8, 0, 1, -.6, .95, .2))],
-    "bird": [("poly", (.4, .0, 1, -.35, 1, .3)), ("oval", (-.6, -.35, .65, .55)),
-             ("oval", (-.95, -.75, -.2, .0)), ("poly", (-1, -.2, -.7, -.45, -.7, -.1), BEAK),
-             ("oval", (-.65, -.5, -.5, -.3), LINE), ("poly", (-.2, .0, .55, -.75, .4, .25), CREAM),
-             ("line", (-.1, .5, -.1, .95)), ("line", (.2, .5, .2, .95))],
-    "fish": [("poly", (.35, 0, 1, -.6, 1, .6)), ("oval", (-1, -.5, .6, .5)),
-             ("oval", (-.7, -.2, -.5, .05), LINE), ("poly", (-.2, -.4, .2, -.8, .3, -.3)),
-             ("line", (-.35, -.3, -.35, .3))],
-    "boat": [("poly", (-1, .3, 1, .3, .6, .9, -.6, .9)), ("line", (0, -1, 0, .3)),
-             ("poly", (.08, -.95, .08, .15, .8, .15), CREAM),
-             ("poly", (-.08, -.7, -.08, .15, -.6, .15), CREAM)],
-    "car": [("poly", (-.55, -.1, -.3, -.6, .35, -.6, .65, -.1), CREAM),
-            ("rect", (-1, -.1, 1, .45)), ("line", (.03, -.6, .03, -.1)),
-            ("oval", (-.75, .2, -.2, .75), DARK), ("oval", (.25, .2, .8, .75), DARK)],
-    "house": [("rect", (-.75, -.15, .75, .95)), ("poly", (-1, -.15, 0, -1, 1, -.15), DARK),
-              ("rect", (-.2, .3, .2, .95), TRUNK), ("rect", (.35, .1, .6, .4), CREAM)],
-    "tree": [("rect", (-.15, .2, .15, .95), TRUNK), ("oval", (-.95, -.5, .2, .45)),
-             ("oval", (-.2, -.5, .95, .45)), ("oval", (-.6, -1, .6, .2))],
-    "flower": [("line", (0, .1, 0, .95)), ("poly", (0, .8, .5, .35, .15, .75), (60, 150, 60)),
-               *[("oval", (x - .33, y - .33, x + .33, y + .33))
-                 for x, y in ((-.38, -.5), (.38, -.5), (0, -.8), (-.25, -.05), (.25, -.05))],
-               ("oval", (-.25, -.6, .25, -.1), (120, 80, 30))],
-    "cup": [("oval", (.2, -.35, 1, .45)), ("oval", (.42, -.15, .78, .25), CREAM),
-            ("poly", (-.8, -.6, .6, -.6, .4, .8, -.6, .8)), ("oval", (-.8, -.75, .6, -.4), CREAM)],
-    "ball": [("oval", (-.85, -.85, .85, .85)), ("arc", (-1.5, -.85, -.1, .85), (-60, 60)),
-             ("arc", (.1, -.85, 1.5, .85), (120, 240)), ("line", (-.85, 0, .85, 0))],
-    "star": [("poly", [v for i, r in enumerate((1, .42) * 5)
-                       for v in (r * sin(i * pi / 5), -r * cos(i * pi / 5))])],
-}
+# A thing is a list of [form, points x y x y .., fill] in a box from -1 to 1, y downwards. Without a
+# fill it has the thing's colour; an arc has its two angles instead.
+SHAPES = json.loads(Path(__file__).with_name("shapes.json").read_text())
 
 
 def draw_shapes(pen, shapes, colour, x, y, scale=1, sign=1, width=2):
@@ -59,7 +24,7 @@ def draw_shapes(pen, shapes, colour, x, y, scale=1, sign=1, width=2):
     for form, points, *fill in shapes:
         xs, ys = [x + sign * v * scale for v in points[::2]], [y + v * scale for v in points[1::2]]
         corners, box = list(zip(xs, ys, strict=True)), (min(xs), min(ys), max(xs), max(ys))
-        fill = fill[0] if fill else colour
+        fill = tuple(fill[0]) if fill else colour
         if form == "line":
             pen.line(corners, LINE, width=3)
         elif form == "arc":
