@@ -1,0 +1,303 @@
+"""Annotations, layouts and names: the real annotations, small trees, and damaged ones."""
+
+import json
+from collections import Counter
+
+import pytest
+from conftest import DATA
+from trees import CIRR_NAMES, circo_tree, cirr_tree, edited, fashioniq_tree, refused, write
+
+import benchmarks
+from benchmarks import Query
+
+real = pytest.mark.skipif(not (DATA / "cirr" / "captions").is_dir(),
+                          reason="no real annotations: set ISA_SHARED to their folder")
+
+
+# ------------------------------------------------------------------------------ real annotations
+@real
+@pytest.mark.parametrize("split, queries, gallery, references", [
+    ("val", 4181, 2297, 2165), ("test1", 4148, 2315, 2178)])
+def test_cirr_counts(split, queries, gallery, references):
+    benchmark = benchmarks.load("cirr", DATA / "cirr", split)
+    assert (len(benchmark.queries), len(benchmark.gallery)) == (queries, gallery)
+    assert len({query.reference for query in benchmark.queries}) == references
+    for query in benchmark.queries:
+        assert len(query.subset) == 5 and query.reference not in query.subset
+        assert len(query.targets) == (split == "val") and set(query.targets) <= set(query.subset)
+    assert list(benchmark.paths) == benchmark.gallery == benchmarks.missing_images(benchmark)
+    name, folder = benchmark.gallery[0], "dev" if split == "val" else "test1"
+    assert benchmark.paths[name] == DATA / "cirr" / "img_raw" / folder / f"{name}.png"
+
+
+@real
+def test_cirr_irregularities():
+    val = benchmarks.load("cirr", DATA / "cirr").queries
+    entries = json.loads((DATA / "cirr" / "captions" / "cap.rc2.val.json").read_text())
+    # target_hard even where target_soft gives it no weight, or gives the reference a weight
+    odd = [i for i, entry in enumerate(entries) if entry["target_hard"] not in entry["target_soft"]]
+    assert len(odd) == 37
+    assert all(val[i].targets == [entries[i]["target_hard"]] for i in odd)
+    for query, entry in zip(val, entries, strict=True):  # members by name: ranks are no indices
+        assert {*query.subset, query.reference} == set(entry["img_set"]["members"])
+        assert query.captions == [entry["caption"].strip()]
+    assert val[0] == Query(
+        "12060", "dev-244-0-img0", ["show three bottles of soft drink"], ["dev-1028-1-img1"],
+        ["dev-430-3-img0", "dev-63-0-img1", "dev-1028-1-img1", "dev-1028-2-img1", "dev-1028-2-img0"])
+    assert any("façade" in query.captions[0] for query in val)
+    test = benchmarks.load("cirr", DATA / "cirr", "test1").queries
+    assert [query.id for query in test if query.captions == [""]] == ["27098"]
+
+
+@real
+@pytest.mark.parametrize("category, queries, gallery, references, changed, short", [
+    ("dress", 2017, 3817, 1331, 270, []), ("shirt", 2038, 6346, 1541, 207, [1928]),
+    ("toptee", 1961, 5373, 1454, 453, [676, 1076])])
+def test_fashioniq_counts(category, queries, gallery, references, changed, short):
+    benchmark = benchmarks.load("fashioniq", DATA / "fashioniq", category=category)
+    assert len(benchmark.gallery) == gallery
+    assert [query.id for query in benchmark.queries] == [str(i) for i in range(queries)]
+    assert len({query.reference for query in benchmark.queries}) == references
+    assert len({query.targets[0] for query in benchmark.queries}) == queries
+    captions = DATA / "fashioniq" / "captions" / f"cap.{category}.val.json"
+    pairs = [(query, text) for query, entry in
+             zip(benchmark.queries, json.loads(captions.read_text()), strict=True)
+             for text in entry["captions"]]
+    # captions that lose more than blanks
+    assert sum(text.strip() not in (*query.captions, "") for query, text in pairs) == changed
+    assert [i for i, query in enumerate(benchmark.queries) if len(query.captions) == 1] == short
+    assert all(t and t == t.strip("?., ") for query in benchmark.queries for t in query.captions)
+
+
+@real
+@pytest.mark.parametrize("split, queries, references", [("val", 220, 220), ("test", 800, 798)])
+def test_circo_counts(split, queries, references):
+    benchmark = benchmarks.load("circo", DATA / "circo", split)
+    assert benchmark.gallery == []  # neither list nor images: enough to score
+    assert [query.id for query in benchmark.queries] == [str(i) for i in range(queries)]
+    assert len({query.reference for query in benchmark.queries}) == references
+    truths = [len(query.targets) for query in benchmark.queries]
+    counts = (916, 1, 14) if split == "val" else (0, 0, 0)
+    assert (sum(truths), min(truths), max(truths)) == counts
+    aspects = Counter(aspect for query in benchmark.queries for aspect in query.aspects)
+    assert (len(aspects), aspects["negation"]) == ((9, 21) if split == "val" else (0, 0))
+    assert all(query.subset is None and query.kind == "" for query in benchmark.queries)
+    if split == "val":
+        first = benchmark.queries[0]
+        assert (first.reference, first.targets) == ("271520", ["355099", "528417", "534704"])
+        assert benchmark.paths["2097"].name == "000000002097.jpg"
+
+
+# --------------------------------------------------------------------------------------- layouts
+@pytest.mark.parametrize("searle", [False, True])
+def test_cirr_both_trees(tmp_path, searle):
+    benchmark = benchmarks.load("cirr", str(cirr_tree(tmp_path, searle)))
+    assert benchmark.gallery == CIRR_NAMES and benchmarks.missing_images(benchmark) == []
+    folder = tmp_path / "dev" if searle else tmp_path / "img_raw" / "dev"
+    assert benchmark.paths[CIRR_NAMES[3]] == folder / "dev-3-0-img0.png"
+    assert benchmark.queries[0] == Query("12", CIRR_NAMES[0], ["two  dogs"], [CIRR_NAMES[1]],
+                                         CIRR_NAMES[1:6], kind="one")
+    assert benchmark.queries[1].captions == [""]
+    (folder / "dev-3-0-img0.png").unlink()
+    (folder / "dev-4-0-img0.png").write_bytes(b"")
+    (folder / "dev-5-0-img0.png").unlink()
+    (folder / "dev-5-0-img0.png").symlink_to("nowhere")
+    (folder / "dev-6-0-img0.png").rename(folder / "dev-6-0-img0.jpg")
+    missing = [f"dev-{i}-0-img0" for i in (3, 4, 5, 6)]
+    assert benchmarks.missing_images(benchmark) == missing
+    with refused(ValueError, "4 of 8 images of cirr", "dev-3-0-img0.png", "evaluate.py check"):
+        benchmarks.require_images(benchmark)
+
+
+def test_cirr_train_subfolders(tmp_path):
+    paths = {"a": "./train/34/a.png", "b": "train/7/b.png"}
+    write(tmp_path / "image_splits" / "split.rc2.train.json", paths)
+    write(tmp_path / "captions" / "cap.rc2.train.json", [
+        {"pairid": 0, "reference": "a", "target_hard": "b", "caption": "x",
+         "img_set": {"members": ["a", "b"]}}])
+    benchmark = benchmarks.load("cirr", tmp_path, "train")
+    assert benchmark.paths == {n: tmp_path / "img_raw" / path for n, path in paths.items()}
+
+
+@pytest.mark.parametrize("extension", [".png", ".jpg"])
+def test_fashioniq_tree(tmp_path, extension):
+    root = fashioniq_tree(tmp_path, extension)
+    benchmark = benchmarks.load("fashioniq", root, category="shirt")
+    assert (benchmark.category, benchmark.gallery) == ("shirt", [f"shirt{i}" for i in range(4)])
+    captions = [["is red", "has . dots, long"], ["shorter"], [""]]
+    assert [query.captions for query in benchmark.queries] == captions
+    assert benchmark.paths["shirt2"] == tmp_path / "images" / f"shirt2{extension}"
+    assert benchmarks.missing_images(benchmark) == []
+
+
+@pytest.mark.parametrize("extension", [".png", ".jpg"])
+def test_circo_gallery_from_list_folder_or_nowhere(tmp_path, extension):
+    listed = benchmarks.load("circo", circo_tree(tmp_path / "a", "list", extension))
+    assert listed.gallery == ["111", "7", "30", "2", "5"]  # COCO's order
+    folder = benchmarks.load("circo", circo_tree(tmp_path / "b", "folder", extension))
+    assert folder.gallery == ["2", "5", "7", "30", "111"]
+    for benchmark in (listed, folder):
+        assert benchmark.paths["30"].name == f"000000000030{extension}"
+        assert benchmarks.missing_images(benchmark) == []
+    nowhere = benchmarks.load("circo", circo_tree(tmp_path / "c", "none"))
+    assert nowhere.gallery == []
+    assert benchmarks.missing_images(nowhere) == ["2", "7", "30", "111"]
+    aspects = ["negation", "addition"]
+    assert nowhere.queries[0] == Query("0", "7", ["is red"], ["30", "2"], aspects=aspects)
+    # A folder without one of the ground truths is an incomplete gallery, never a smaller one.
+    folder.paths["30"].unlink()
+    assert benchmarks.missing_images(benchmarks.load("circo", tmp_path / "b")) == ["30"]
+
+
+def test_check_benchmark(tmp_path, capsys):
+    root = fashioniq_tree(tmp_path / "f")
+    benchmarks.check_benchmark("fashioniq", root)
+    rows = [f"fashioniq {c} val: 3 queries, gallery of 4, 4 of 4 images found"
+            for c in benchmarks.CATEGORIES]
+    tree, found = capsys.readouterr().out.rsplit("\n\n", 1)
+    assert tree == f"expected below {root}:\n\n{benchmarks.TREES['fashioniq']}"
+    assert found.splitlines() == rows
+    image, captions = root / "images" / "dress2.png", root / "captions" / "cap.toptee.val.json"
+    image.write_bytes(b"")
+    captions.unlink()
+    with refused(ValueError, f"{root} is not complete"):
+        benchmarks.check_benchmark("fashioniq", root)
+    assert capsys.readouterr().out.rsplit("\n\n", 1)[1].splitlines() == [
+        rows[0].replace("4 of 4", "3 of 4"), f"  missing: {image}", rows[1],
+        "fashioniq toptee val: annotations are missing", f"  missing: {captions}"]
+    for name, part in [("cirr", "img_raw/"), ("circo", "COCO2017_unlabeled/")]:
+        with refused(ValueError, "nowhere is not complete"):
+            benchmarks.check_benchmark(name, tmp_path / "nowhere")
+        out = capsys.readouterr().out
+        assert part in out and f"{name}  val: annotations are missing" in out
+
+
+def test_check_benchmark_chooses_splits_and_lists_five_images(tmp_path, capsys):
+    root = cirr_tree(tmp_path)
+    for kind in ("captions/cap", "image_splits/split"):
+        text = (root / f"{kind}.rc2.val.json").read_text()
+        write(root / f"{kind}.rc2.test1.json", text.replace("./dev", "./test1"))
+    with refused(ValueError, "not complete"):
+        benchmarks.check_benchmark("cirr", root)
+    lines = capsys.readouterr().out.rsplit("\n\n", 1)[1].splitlines()
+    assert lines[0] == "cirr  val: 2 queries, gallery of 8, 8 of 8 images found"
+    assert lines[1] == "cirr  test1: 2 queries, gallery of 8, 0 of 8 images found"
+    folder = root / "img_raw" / "test1"
+    assert lines[2:] == [f"  missing: {folder / name}.png" for name in CIRR_NAMES[:5]]
+    benchmarks.check_benchmark("cirr", root, ["val"])
+    write(root / "captions" / "cap.rc2.val.json", "{")
+    with refused(ValueError, "not complete"):
+        benchmarks.check_benchmark("cirr", root, ["val"])
+    assert "cap.rc2.val.json is not usable JSON" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------- refused annotations
+def test_refused_arguments(tmp_path):
+    for name, category in [("coco", None), ("fashioniq", None), ("fashioniq", "hat"),
+                           ("cirr", "dress")]:
+        with refused(ValueError, name, "fashioniq with one of dress"):
+            benchmarks.load(name, tmp_path, category=category)
+    for split in ("../val", "/etc/x", ""):
+        with refused(ValueError, "split", "not a plain file name"):
+            benchmarks.load("cirr", tmp_path, split)
+    for name in ("cirr", "circo"):
+        with refused(FileNotFoundError, "val.json is missing", "evaluate.py check"):
+            benchmarks.load(name, tmp_path)
+    write(tmp_path / "annotations" / "test.json", [])
+    with refused(FileNotFoundError, r"val.json is missing \(there is test.json\)"):
+        benchmarks.load("circo", tmp_path)
+
+
+@pytest.mark.parametrize("evil", ["../x", "/etc/passwd", "a/b", "..", "", ".", "a\\b", "a\0b"])
+def test_names_stay_inside_root(tmp_path, evil):
+    cirr, fashioniq = cirr_tree(tmp_path / "c"), fashioniq_tree(tmp_path / "f")
+    split = cirr / "image_splits" / "split.rc2.val.json"
+    saved = split.read_text()
+    edited(split, lambda content: content.update({evil: "./dev/x.png"}))
+    with pytest.raises(ValueError, match="split.rc2.val.json"):
+        benchmarks.load("cirr", cirr)
+    if evil != "a/b":  # a sub-folder is fine in CIRR's relative paths
+        write(split, saved)
+        whole = evil in ("", ".", "..", "../x", "/etc/passwd")
+        edited(split, lambda content: content.update(
+            {CIRR_NAMES[0]: evil if whole else f"./dev/{evil}"}))
+        with pytest.raises(ValueError, match="split.rc2.val.json.*dev-0-0-img0"):
+            benchmarks.load("cirr", cirr)
+    edited(fashioniq / "image_splits" / "split.dress.val.json", lambda names: names.append(evil))
+    edited(fashioniq / "captions" / "cap.shirt.val.json", lambda c: c[1].update(candidate=evil))
+    for category in ("dress", "shirt"):
+        with pytest.raises(ValueError, match=f"{category}.val.json"):
+            benchmarks.load("fashioniq", fashioniq, category=category)
+    circo = circo_tree(tmp_path / "o")
+    edited(circo / "annotations" / "val.json", lambda c: c[1]["gt_img_ids"].append(evil))
+    with pytest.raises(ValueError, match="val.json, entry 1.*COCO image id"):
+        benchmarks.load("circo", circo)
+
+
+@pytest.mark.parametrize("text", [
+    "", "[", "{}", "[]", "[1]", "[null]", "null", '[{"pairid": 1}]', "\ufeff[]", b"\xff\xfe\x00",
+    pytest.param("[" * 100000, id="deep")])
+@pytest.mark.parametrize("name, file", [
+    ("cirr", "captions/cap.rc2.val.json"), ("circo", "annotations/val.json")])
+def test_malformed_json(tmp_path, name, file, text):
+    root = cirr_tree(tmp_path) if name == "cirr" else circo_tree(tmp_path)
+    (root / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with refused(ValueError, "val.json", "download it again from the official source"):
+        benchmarks.load(name, root)
+
+
+def no(key):
+    return lambda entry: entry.pop(key) and None
+
+
+@pytest.mark.parametrize("name, change, words", [
+    ("cirr", no("reference"), "'reference' is missing"), ("cirr", {"pairid": "12"}, "pairid"),
+    ("cirr", {"pairid": True}, "pairid"), ("cirr", {"caption": None}, "caption"),
+    ("cirr", {"caption": ["x"]}, "caption"), ("cirr", {"img_set": []}, "img_set"),
+    ("cirr", {"img_set": {}}, "members"), ("cirr", {"img_set": {"members": [3]}}, "members"),
+    ("cirr", {"reference": "dev-99"}, "dev-99"), ("cirr", {"target_hard": "dev-99"}, "dev-99"),
+    ("cirr", lambda entry: entry["img_set"]["members"].append("dev-99"), "dev-99"),
+    ("cirr", no("target_hard"), "target"), ("cirr", {"target_hard": None}, "target_hard"),
+    ("cirr", {"modifier_type": 3}, "modifier_type"), ("fashioniq", {"captions": "x"}, "captions"),
+    ("fashioniq", {"captions": [1, "x"]}, "captions"), ("fashioniq", {"target": 3}, "target"),
+    ("circo", {"gt_img_ids": [111, 111]}, "listed twice"), ("circo", {"gt_img_ids": 3}, "list"),
+    ("circo", {"semantic_aspects": [1]}, "semantic_aspects"), ("circo", {"id": "1"}, "'id'")])
+def test_malformed_entry(tmp_path, name, change, words):
+    root = {"cirr": cirr_tree, "fashioniq": fashioniq_tree, "circo": circo_tree}[name](tmp_path)
+    file = {"cirr": "captions/cap.rc2.val.json", "fashioniq": "captions/cap.dress.val.json",
+            "circo": "annotations/val.json"}[name]
+    edited(root / file, lambda content: (
+        content[1].update(change) if isinstance(change, dict) else change(content[1])))
+    with refused(ValueError, f"{file}, entry 1", words):
+        benchmarks.load(name, root, category="dress" if name == "fashioniq" else None)
+
+
+def test_repeated_ids_names_and_keys(tmp_path):
+    file = cirr_tree(tmp_path / "c") / "captions" / "cap.rc2.val.json"
+    edited(file, lambda content: content[1].update(pairid=12))
+    with refused(ValueError, "cap.rc2.val.json", "repeats"):
+        benchmarks.load("cirr", tmp_path / "c")
+    split = cirr_tree(tmp_path / "c") / "image_splits" / "split.rc2.val.json"
+    write(split, split.read_text().replace("{", '{"dev-1-0-img0": "./dev/x.png", '))
+    with refused(ValueError, "split.rc2.val.json", "dev-1-0-img0", "twice"):
+        benchmarks.load("cirr", tmp_path / "c")
+    split = fashioniq_tree(tmp_path / "f") / "image_splits" / "split.dress.val.json"
+    edited(split, lambda content: content.append("dress0"))
+    with refused(ValueError, "cap.dress.val.json", "repeats"):
+        benchmarks.load("fashioniq", tmp_path / "f", category="dress")
+
+
+def test_circo_target_comes_first(tmp_path):
+    file = circo_tree(tmp_path) / "annotations" / "val.json"
+    edited(file, lambda content: content[0].update(gt_img_ids=[2, 5, 30]))
+    assert benchmarks.load("circo", tmp_path).queries[0].targets == ["30", "2", "5"]
+
+
+def test_malformed_circo_list(tmp_path):
+    coco = circo_tree(tmp_path, "list") / "COCO2017_unlabeled"
+    info = coco / "annotations" / "image_info_unlabeled2017.json"
+    for content, word in [({}, "images"), ({"images": [{"file_name": "1.jpg"}]}, "'id'"),
+                          ({"images": [{"id": -1}]}, "-1"), ({"images": [{"id": 7}]}, "'30'")]:
+        write(info, content)
+        with refused(ValueError, "json", word):
+            benchmarks.load("circo", tmp_path)
