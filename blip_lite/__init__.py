@@ -20,4 +20,4 @@ from .preprocess import MEAN, STD, to_pixels, to_rgb
 from .tokenizer import Tokenizer
 
 __all__ = ["MEAN", "MOST_PIXELS", "STD", "Blip", "Tokenizer", "check_finite", "infer_sizes", "load",
-           "save", "to_pixels", "to_rgb"]  # fmt: skip
+           "save", "to_pixels", "to_rgb"]

@@ -28,7 +28,7 @@ UNUSED = re.compile(  # what else the official files hold
     r".*\.position_ids$"  # 0, 1, 2, ...: a constant that older transformers saved
 )
 HUGGING_FACE_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                      "pytorch_model.bin.index.json")  # fmt: skip
+                      "pytorch_model.bin.index.json")
 HUGGING_FACE = {  # their names for the visual encoder; the text encoder has Salesforce's names
     "vision_model.embeddings.class_embedding": "visual_encoder.cls_token",
     "vision_model.embeddings.position_embedding": "visual_encoder.pos_embed",
@@ -291,7 +291,7 @@ def _read_pickle(path):
 SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+}
 
 
 def _read_safetensors(path):

@@ -33,7 +33,7 @@ def canvas(rows, columns, side=SIDE, text=0.35):
     """Bare axes [rows, columns], with `text` inches above each image for its caption."""
     size = columns * side, rows * (side + text)
     figure, axes = plt.subplots(rows, columns, figsize=size, dpi=DPI, squeeze=False,
-                                layout="constrained")  # fmt: skip
+                                layout="constrained")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], frame_on=False, anchor="S")  # captions use the room above
     return figure, axes

@@ -80,13 +80,13 @@ def preamble(args):
         images=" or ".join(map(str, images)) or "all", searle=numbers.RUNS["searle"][-1],
         seeds=", ".join(map(str, args.seeds)), machine=costs.machine(args.threads),
         hours=seconds / 3600, runs=len(logs),
-    )  # fmt: skip
+    )
     return ["# Results: every table and figure of the paper, ours beside the paper's", "", text, ""]
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(prog="python -m paper", description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="+", metavar="NAME", choices=(*ALL, "all", "commands"),
                    help=f"{', '.join(ALL)} or all; with `commands`: print, do not run")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],

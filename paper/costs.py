@@ -27,7 +27,7 @@ LABELS = {row["encoder"]: label for label, row in NUMBERS["cost"].items() if row
 BLIP_BASE = dict(
     image_size=224, patch_size=16, image_width=768, image_depth=12, vocab_size=30524,
     max_positions=512, word_dim=768, text_depth=12, embed_dim=256,
-)  # fmt: skip
+)
 
 
 def machine(threads):
@@ -37,7 +37,7 @@ def machine(threads):
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     count = threads or torch.get_num_threads()
     return (f"{os.cpu_count()} cores ({platform.machine()}, {able}){gpu}, {count} "
-            f"thread{'s' * (count > 1)} per process, PyTorch {torch.__version__}")  # fmt: skip
+            f"thread{'s' * (count > 1)} per process, PyTorch {torch.__version__}")
 
 
 def blip_base():

@@ -151,7 +151,7 @@ def draw_query(setting, models, rankings, query, top=5):
         ((grouping, cross, U),) = seen
         words = draw_words(*words_to_tokens(setting, U, query.captions[0]))
         lines = [(f"grouping (Eq. 1) of u1 .. u{len(cross)}", grouping),
-                 (f"cross-attention (Eq. 4) of u1 .. u{len(cross)}", cross)]  # fmt: skip
+                 (f"cross-attention (Eq. 4) of u1 .. u{len(cross)}", cross)]
     middle = LEFT + max(len(maps) for _, maps in lines) * STEP + 2 * GAP
     right, line = middle + words.width, STEP + 16
     height = max(line * len(lines), words.height)

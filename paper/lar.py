@@ -48,7 +48,7 @@ def lar_table(seeds, images=500):
         "",
         *markdown(["loss", "norm of a token", "cosine to the nearest word", "true, %",
                    "own image, R@1", "nearest words, most often"], words),
-    ]  # fmt: skip
+    ]
 
 
 @torch.no_grad()

@@ -98,7 +98,7 @@ def missing(run, seed, splits, fingerprint, threads=0):
     """The commands that a run still needs: its training, and its evaluation on each split."""
     state = "done" if run in METHODS else trained(run, seed, fingerprint)
     commands = [evaluation(run, seed, split)[0] for split in splits
-                if state != "done" or not evaluated(run, seed, split, fingerprint)]  # fmt: skip
+                if state != "done" or not evaluated(run, seed, split, fingerprint)]
     if state == "done":
         return commands
     how = ["--overwrite"] if state == "other" else [] if run == "searle" else ["--resume"]
@@ -124,7 +124,7 @@ def call(command, log, threads=0):
     with log.open("a") as out:
         print("$", shown(command), file=out, flush=True)
         child = subprocess.Popen([sys.executable, *script], stdout=out, stderr=subprocess.STDOUT,
-                                 env=environment, start_new_session=True)  # fmt: skip
+                                 env=environment, start_new_session=True)
         try:
             status = child.wait()
         except KeyboardInterrupt:

@@ -121,7 +121,7 @@ def table(name, seeds):
     entry = TABLES[name]
     sets = "validation" if entry.split == "val" else "test"
     lines = [f"**{title_of(name)}: {entry.title}.** Ours: pocket {sets} sets, "
-             "mean ± standard deviation over seeds."]  # fmt: skip
+             "mean ± standard deviation over seeds."]
     for heading in entry.headings:
         columns, rows = COLUMNS[heading], []
         printed = {"": {}, **NUMBERS.get(f"{heading} {entry.printed}", {})}

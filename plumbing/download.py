@@ -70,9 +70,9 @@ if __name__ == "__main__":
     names = "\n".join(f"  {name:34}{what}" for name, what in CHECKPOINTS.items())
     p = argparse.ArgumentParser("python -m plumbing.download", description=__doc__,
                                 epilog=f"names:\n{names}", allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("name", choices=[*CHECKPOINTS, "vocab.txt"], metavar="NAME",
-                   help="a checkpoint below, or vocab.txt alone")  # fmt: skip
+                   help="a checkpoint below, or vocab.txt alone")
     p.add_argument("--to", type=Path, default=".", metavar="DIR", help="folder (default: this one)")
     p.add_argument("--base-url", metavar="URL", help="a mirror with URL/NAME and URL/vocab.txt")
     run_command("plumbing.download", main, p.parse_args())

@@ -55,7 +55,7 @@ def bytes_per_image(blip, dtype=np.float16):
 
 
 def image_features(blip, images, cache, maps=False, skip_bad=False, precision="fp32",
-                   batch_size=128, workers=1, what="images", dtype=np.float16):  # fmt: skip
+                   batch_size=128, workers=1, what="images", dtype=np.float16):
     """v, and with maps=True F^v, of every image of an ImageList, stored below `cache` -> Features.
 
     dtype: that of v; F^v is float16. Prints the size of what it is about to store. An unreadable
@@ -131,7 +131,7 @@ def _encode(draft, files, share, blip, images, skip_bad, precision, batch_size, 
     preprocess = partial(to_pixels, image_size=blip.image_size, mean=MEAN, std=STD)
     batches = load_images(images, preprocess, batch_size, workers, todo, device.type == "cuda")
     with tqdm(total=len(share), initial=begin - share.start, desc=f"encoding {what}", unit="img",
-              disable=True if process()[0] else None) as bar:  # fmt: skip
+              disable=True if process()[0] else None) as bar:
         for number, (rows, pixels, damaged) in enumerate(batches, start=1):
             bad |= damaged
             if bad and not skip_bad:

@@ -10,9 +10,9 @@ def hugging_face(image_size, depth, vocab_size):
     from transformers import BlipConfig, BlipForImageTextRetrieval, BlipTextConfig, BlipVisionConfig
 
     text = BlipTextConfig(vocab_size=vocab_size, num_attention_heads=12, num_hidden_layers=depth,
-                          layer_norm_eps=1e-12, hidden_act="gelu")  # fmt: skip
+                          layer_norm_eps=1e-12, hidden_act="gelu")
     vision = BlipVisionConfig(image_size=image_size, patch_size=16, num_hidden_layers=depth,
-                              layer_norm_eps=1e-6, hidden_act="gelu")  # fmt: skip
+                              layer_norm_eps=1e-6, hidden_act="gelu")
     both = {"text_config": text.to_dict(), "vision_config": vision.to_dict()}
     with torch.device("meta"):
         return BlipForImageTextRetrieval(BlipConfig(**both, image_text_hidden_size=256)).eval()

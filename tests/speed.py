@@ -125,7 +125,7 @@ def part_blip():
             lambda: ours.match(words, mask, F_v, rows),
             lambda: theirs.itm_head(theirs.text_encoder(ids, mask, encoder_hidden_states=F_v[rows]).last_hidden_state[:, 0]),
         ),
-    }  # fmt: skip
+    }
     for what, (our, their) in pairs.items():
         floor = {dtype: operations(our) / rate for dtype, rate in speed.items()}
 
@@ -238,7 +238,7 @@ def part_pocket():
     with tempfile.TemporaryDirectory() as folder:
         marks = {"start": time.perf_counter()}
         said = {"drawing the pocket world": "python and torch start", "24000 images: v": "drawing the world, listing its images",
-                "M trained parameters": "storing v and F^v", "wrote runs/pocket": "training"}  # fmt: skip
+                "M trained parameters": "storing v and F^v", "wrote runs/pocket": "training"}
         process = subprocess.Popen([sys.executable, "-u", ROOT / "train.py"], cwd=folder, stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
             for words, what in said.items():
@@ -374,7 +374,7 @@ def part_large():
             q = unit(queries, 1000)
             for where, before in (("disk", forget), ("memory", lambda: None)):
                 seconds = measure({"read": lambda b=before: (b(), read()),
-                                   "ours": lambda q=q, b=before: (b(), benchmarks.top_k(q, path, 50))}, 3)  # fmt: skip
+                                   "ours": lambda q=q, b=before: (b(), benchmarks.top_k(q, path, 50))}, 3)
                 relation = f"{seconds['ours'] / seconds['read']:.2f} x reading it (wanted: at most 2)"
                 times = f"reading {seconds['read']:5.2f} s, top 50 {seconds['ours']:5.2f} s"
                 print(f"  {queries:3d} queries, from {where:6s}: {times}: {relation}", flush=True)
@@ -414,7 +414,7 @@ def part_memory():
 
 
 PARTS = {"blip": part_blip, "step": part_step, "pocket": part_pocket, "pocket_step": part_pocket_step, "rank": part_rank,
-         "large": part_large, "memory": part_memory}  # fmt: skip
+         "large": part_large, "memory": part_memory}
 
 
 def main():

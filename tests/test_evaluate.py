@@ -476,7 +476,7 @@ CHECK_CIRR = ["--benchmark", "cirr", "--data", "cirr"]
 
 @pytest.mark.parametrize("name, tree, parts", [
     ("cirr", "captions/cap.rc2.", 2), ("fashioniq", "captions/cap.{dress", 6),
-    ("circo", "COCO2017_unlabeled/", 2)])  # fmt: skip
+    ("circo", "COCO2017_unlabeled/", 2)])
 def test_check_of_complete_folders(check, small_world, name, tree, parts):
     splits = ["val", "test1" if name == "cirr" else "test"]
     done = check("--benchmark", name, "--data", small_world / name, "--splits", *splits)
@@ -571,7 +571,7 @@ def test_tables_and_scores_need_targets(call_script, broken, trained, request, t
     (["--image-size", 96], "was trained against BLIP"), (["--split", "none"], "is missing"),
     (["--picture", "text.pt/x.png"], "text.pt"), (["--json", "text.pt/x.json"], "text.pt"),
     (["--methods", "searle-oti", "--sentences", "text.pt"], "text.pt: is not JSON"),
-], ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")  # fmt: skip
+], ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")
 def test_failures_come_early(run, small_world, tmp_path, monkeypatch, options, part):
     """Before a gallery is encoded."""
     (tmp_path / "text.pt").write_text("text")
@@ -584,7 +584,7 @@ def test_failures_come_early(run, small_world, tmp_path, monkeypatch, options, p
     ["submit", "--benchmark", "cirr", "--data", "x", "--split", "val"], ["score", "p.json"],
     ["score", "--benchmark", "all", "--data", "x", "p.json"], ["table", "--device", "abacus"],
     ["check"], ["check", "--benchmark", "cirr"], ["check", "--images", "x", "--data", "x"],
-], ids=" ".join)  # fmt: skip
+], ids=" ".join)
 def test_wrong_options_are_usage_errors(options, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.parse_args(options)

@@ -299,7 +299,7 @@ def test_the_contact_sheet_shows_query_and_photos(run, photos, image, tmp_path):
     ("--blip", "nowhere.pth", ("nowhere.pth",)), ("--out", "text.png/x.png", ("text.png",)),
     ("--out", "a.txt", ("a.txt", ".png")), ("--json", "empty", ("empty", "folder")),
     ("--cache-dir", "text.png/deep", ("text.png", "is a file")),
-], ids=lambda x: x[:9] if isinstance(x, str) else "")  # fmt: skip
+], ids=lambda x: x[:9] if isinstance(x, str) else "")
 def test_wrong_input_is_one_line(run, photos, pocket_blip, tmp_path, option, value, parts):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no image")

@@ -280,7 +280,7 @@ def grade(source, submission, timeout=120, seed=0):
                 tests.append({
                     "name": step.name, "points": 0 if why else step.points, "possible": step.points,
                     "message": why or "", "seconds": round(time.time() - began, 1),
-                })  # fmt: skip
+                })
     written = {mark(cell).get("grade_id"): cell.source for cell in submission.cells}
     to_read = []
     for cell in filter(is_read_by_teacher, source.cells):

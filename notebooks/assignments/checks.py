@@ -113,7 +113,7 @@ def using(namespace, **functions):
 def learner(in_channels=5, word_dim=7, num_tokens=3, width=4, seed=0, dtype=torch.float64, **parts):
     """isa.py's adaptive token learner with weights of ordinary size, small by default."""
     made = isa.AdaptiveTokenLearner(in_channels, word_dim, num_tokens, width, self_hidden=6,
-                                    cross_hidden=8, **parts).to(dtype)  # fmt: skip
+                                    cross_hidden=8, **parts).to(dtype)
     made.load_state_dict({name: random(*w.shape, seed=seed + i, dtype=dtype) * 0.7
                           for i, (name, w) in enumerate(made.state_dict().items())})
     return made.requires_grad_(False)
@@ -131,7 +131,7 @@ def like(p):
         channels, len(p["W_p.bias"]), tokens, width,
         self_hidden=len(p.get("W_r1.bias", ())), cross_hidden=len(p.get("W_c1.bias", ())),
         self_attention="Q_r.weight" in p, cross_attention="Q_c.weight" in p,
-    )  # fmt: skip
+    )
     return made.to(p["W.weight"].dtype)
 
 

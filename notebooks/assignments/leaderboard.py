@@ -80,7 +80,7 @@ def hide(world):
         members = sorted(map(new, group["members"]))
         entry |= {"pairid": i, "reference": new(entry["reference"]), "target_soft": {},
                   "target_hard": new(entry["target_hard"]),
-                  "img_set": {"id": new(group["id"]), "members": members}}  # fmt: skip
+                  "img_set": {"id": new(group["id"]), "members": members}}
     split = "cirr/image_splits/split.rc2.test1.json"
     paths = read_json(world / split)
     images |= {f"cirr/img_raw/test1/{new(name)}.png": f"cirr/img_raw/{path[2:]}"
@@ -219,7 +219,7 @@ def leaderboard(opened, teams, draws=2000, seed=0):
                    for name in opened}
         score = sum(w * m for w, m in zip(weights, means, strict=True))
         rows.append({"team": team, "score": score, "interval": interval(sampled[team]),
-                     "metrics": metrics, "behind": None})  # fmt: skip
+                     "metrics": metrics, "behind": None})
     rows.sort(key=lambda row: (-row["score"], row["team"]))
     for better, row in zip(rows, rows[1:], strict=False):
         low, high = interval(sampled[better["team"]] - sampled[row["team"]])
@@ -231,7 +231,7 @@ def leaderboard(opened, teams, draws=2000, seed=0):
 def as_table(rows, opened):
     """Rows -> a Markdown table that is readable as text too."""
     titles = ["", "team", "score", "95 %", *(f"{name} {HEADLINE[name]}" for name in opened),
-              "behind the row above"]  # fmt: skip
+              "behind the row above"]
     lines = [titles, ["---"] * len(titles)]
     for place, row in enumerate(rows, 1):
         behind, text = row["behind"], ""

@@ -13,7 +13,7 @@ def test_attention_maps_equal_transformers():
     config = BertConfig(
         vocab_size=50, hidden_size=128, num_hidden_layers=3, num_attention_heads=2,
         intermediate_size=512, attn_implementation="eager", type_vocab_size=1,
-    )  # fmt: skip
+    )
     theirs = with_large_weights(BertModel(config))
     torch.nn.init.zeros_(theirs.embeddings.token_type_embeddings.weight)
     ours = TextEncoder(50, 512, 128, 3, 64)

@@ -226,7 +226,7 @@ def test_official_keys_at_the_real_size(name, wrapped, tmp_path):
     used = {key: shape for key, (shape, _) in keys.items() if not unused.match(key)}
     state = weights(used) | {"temp": torch.tensor(0.05)}
     rest = {key: torch.zeros((), dtype=dtype).expand(shape)
-            for key, (shape, dtype) in keys.items() if key not in used}  # fmt: skip
+            for key, (shape, dtype) in keys.items() if key not in used}
     assert len(state | rest) == len(keys)
     path = tmp_path / f"{name}.pth"
     torch.save({"model": state | rest, "epoch": 19} if wrapped else state | rest, path)
@@ -262,7 +262,7 @@ def test_large_is_read_off_the_shapes():
         "image_size": 384, "patch_size": 16, "stem": False, "image_width": 1024, "image_depth": 24,
         "vocab_size": 30524, "max_positions": 512, "word_dim": 768, "text_depth": 12,
         "embed_dim": 256,
-    }  # fmt: skip
+    }
     with torch.device("meta"):
         blip = blip_lite.Blip(blip_lite.infer_sizes(state), None)
     layer = blip.text_encoder.encoder.layer[0]
@@ -295,7 +295,7 @@ def test_image_size_has_to_fit_the_patches(small, size):
 SIZES = {
     "image_size": 32, "patch_size": 8, "image_width": 64, "image_depth": 1, "max_positions": 32,
     "vocab_size": len(TOKENS) + 2, "word_dim": 64, "text_depth": 2, "embed_dim": 16,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=[False, True], ids=["patches", "stem"])
@@ -384,7 +384,7 @@ def test_wrong_keys_are_listed_in_one_error(tiny, vocab, tmp_path):
     for part in (
         "odd.pth", "2 missing: ", "itm_head.bias", "layer.1.output.dense.weight", "21 unexpected: ",
         "classifier.weight", "extra.8", "1 of another shape: ", "norm.bias [65] instead of [64]",
-    ):  # fmt: skip
+    ):
         assert part in message
     assert "extra.9" not in message and "\n" not in message
 
@@ -476,7 +476,7 @@ def test_safetensors_equal_the_package(tmp_path):
         "bf16": torch.randn(2, 2).bfloat16(), "i64": torch.arange(5), "i32": torch.arange(5).int(),
         "u8": torch.arange(3).byte(), "flag": torch.tensor([True, False]), "ü": torch.ones(1),
         "empty": torch.zeros(0, 3), "number": torch.tensor(0.07),
-    }  # fmt: skip
+    }
     path = tmp_path / "x.safetensors"
     safetensors.save_file(tensors, path, metadata={"format": "pt"})
     ours = _read_safetensors(path)
@@ -501,7 +501,7 @@ DAMAGED = [
     *(file_of(entry(offsets=at)) for at in ((16, 32), (16, 0), (-16, 0), (0, 16, 32))),
     file_of(entry() | {"y": entry(shape=(2,), offsets=(8, 16))["x"]}),
     *map(file_of, ({"x": {"dtype": "F32"}}, {"x": 3}, [1, 2], b"{", b"\xff\xfe{}", b"[" * 100_000)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("content", DAMAGED)

@@ -188,7 +188,7 @@ MISTAKES = {
         ("lar", "mask[sentence]", "mask[torch.cat([own, own, own])]", "own mask"),
         ("average-precision", "min(k, len(targets))", "max(hits, 1)", "not by K or by the hits"),
     ]],
-}  # fmt: skip
+}
 CELL = {"width": "width-that-fits", "compose-modifiers": "compose-query",
         "compose-training": "compose-query"}  # of a test; all others have its name
 
@@ -251,7 +251,7 @@ def test_hostile_work_costs_only_its_own_points():
     add("gcd-gradient", "def gcd_gradient(v, t, tau):\n    import os\n    os._exit(0)")
     add("negative-probabilities", "for _ in range(3000):\n    print('x' * 3000)")
     add("hard-negatives", "checks.expect = checks.expect_shape = lambda *a: None\n"
-                          "hard_negatives = lambda *a: (v[:3], v[:3])")  # fmt: skip
+                          "hard_negatives = lambda *a: (v[:3], v[:3])")
     submission.cells.remove(cell_of(submission, "lar"))
     first, second = cell_of(submission, "rank").source.split("\n\n\n")
     cell_of(submission, "rank").source = first
@@ -301,9 +301,9 @@ def test_handout_contains_no_target(held_out):
     allowed = {
         "pairid", "reference", "caption", "img_set", "id", "members", "candidate", "captions",
         "reference_img_id", "relative_caption", "shared_concept", "images", "file_name",
-    }  # fmt: skip
+    }
     splits = [file for part in ("cirr", "fashioniq")
-              for file in (held_out / "world" / part).rglob("split.*.json")]  # fmt: skip
+              for file in (held_out / "world" / part).rglob("split.*.json")]
     old = {name for file in splits for name in json.loads(file.read_text())}
     for file in files:
         document = json.loads(file.read_text())
@@ -332,7 +332,7 @@ def test_answers_are_the_worlds_own_targets(held_out):
 
     for name, split, category in PARTS:
         old, new, handed = (benchmarks.load(name, held_out / part / name, split, category)
-                            for part in ("world", "world/answers", "students"))  # fmt: skip
+                            for part in ("world", "world/answers", "students"))
         given = [(q.id, q.reference, q.captions) for q in handed.queries]
         assert [(q.id, q.reference, q.captions) for q in new.queries] == given
         assert questions(old, old) == questions(handed, new)
@@ -362,7 +362,7 @@ def test_ranking_against_a_hand_computation(held_out, tmp_path, call_script):
     write_team(tmp_path / "teams/broken", world, {"cirr": 0, "fashioniq": 0, "circo": 0})
     (tmp_path / "teams/broken/cirr.json").write_text('{"version": "rc2", "metric": "recall"}')
     done = call_script(BOARD, "score", world, tmp_path / "teams", "--baselines", tmp_path / "base",
-                       "--json", "b.json", "--markdown", "b.md")  # fmt: skip
+                       "--json", "b.json", "--markdown", "b.md")
     assert done.status == 1 and "1 of 4 teams" in done.message
     assert "not scored: broken: " in done.out
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
@@ -371,7 +371,7 @@ def test_ranking_against_a_hand_computation(held_out, tmp_path, call_script):
     opened = leaderboard.load_answers(world, leaderboard.HEADLINE)
     count = {name: [len(part.queries) for part in parts] for name, parts in opened.items()}
     want = {"cirr": 1000 / count["cirr"][0],
-            "fashioniq": np.mean([300 / n for n in count["fashioniq"]]), "circo": 0}  # fmt: skip
+            "fashioniq": np.mean([300 / n for n in count["fashioniq"]]), "circo": 0}
     assert rows[1]["metrics"] == pytest.approx(want)
     assert rows[1]["score"] == rows[2]["score"] == pytest.approx(sum(want.values()) / 3)
     assert [row["behind"] and row["behind"]["tie"] for row in rows] == [None, False, True]
@@ -409,6 +409,6 @@ def test_baselines_are_what_evaluate_says(held_out, call_script):
     assert score["isa"] > 3 * score["image"] > 0
     done = call_script("evaluate.py", "submit", "--benchmark", "cirr", "--data", students / "cirr",
                        "--split", "test1", "--checkpoint", ROOT / "pocket/isa.pt",
-                       "--out", "mine.json", "--precision", "fp32")  # fmt: skip
+                       "--out", "mine.json", "--precision", "fp32")
     assert done.status == 0
     assert Path("mine.json").read_text() == (out / "isa/cirr.json").read_text()

@@ -127,7 +127,7 @@ def drawn(tmp_path_factory):
 def clone(drawn, tmp_path):
     """The source tree as in a fresh clone, including uncommitted changes, plus only data/."""
     listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT,
-                            capture_output=True)  # fmt: skip
+                            capture_output=True)
     if listed.returncode:
         pytest.skip("not a git repository, so what belongs to the source is unknown")
     for name in filter(None, listed.stdout.decode().split("\0")):

@@ -43,7 +43,7 @@ def test_averages_are_right_and_recalls_grow_with_k(name):
             assert x[:-1] == sorted(x[:-1]) or label == "ATL w/o SA, EfficientNet-B2", label
             columns = {"Avg": x}
         wrong |= {(name, label, metric) for metric, (*values, mean) in columns.items()
-                  if abs(statistics.mean(values) - mean) > coarse}  # fmt: skip
+                  if abs(statistics.mean(values) - mean) > coarse}
     assert wrong == {misprint for misprint in MISPRINTS if misprint[0] == name}
 
 
@@ -60,7 +60,7 @@ def test_numbers_are_the_papers():
         for column in rows[0].keys() - {"ours"}:
             found = [[x for heading in entry.headings
                       for x in NUMBERS[f"{heading} {entry.printed}"][row[column]].values()]
-                     for row in rows if row[column]]  # fmt: skip
+                     for row in rows if row[column]]
             places = [text.find(" ".join(values), start, ends[name]) for values in found]
             assert -1 not in places and places == sorted(places), (name, places)
 
@@ -75,7 +75,7 @@ def test_rows_fit_runs_and_numbers():
     assert wanted == RUNS.keys() | METHODS.keys()
     used = {(f"{heading} {entry.printed}", name) for entry in TABLES.values()
             for heading in entry.headings for row in ROWS[entry.rows].values()
-            for key, name in row.items() if key != "ours" and name}  # fmt: skip
+            for key, name in row.items() if key != "ours" and name}
     assert used == {(section, name) for section in SECTIONS for name in NUMBERS[section]}
     for name in SECTIONS:  # a column of ours for each of the paper's
         assert next(iter(NUMBERS[name].values())).keys() == COLUMNS[name.split()[0]].keys()
@@ -250,7 +250,7 @@ time.sleep(20)
 @pytest.mark.parametrize("argv, why", [
     ("21", "choose from"), ("commands", "name some"), ("5 --seeds 1 1", "different"),
     ("5 --seeds -1", "at least 0"),
-])  # fmt: skip
+])
 def test_impossible_arguments(argv, why, capsys):
     with pytest.raises(SystemExit):
         parse_args(argv.split())
@@ -290,9 +290,9 @@ def results(shift, method="isa"):
         "fashioniq": {"all": {"R@10": 10 + shift, "R@50": 20 + shift},
                       "dress": {"R@10": 30 + shift, "R@50": 31}},
         "circo": {"all": {"mAP@5": 5 + shift, "Avg": 6.5, "R@5": 99}},
-    }  # fmt: skip
+    }
     return {b: {method: {part: {m: [x, 0.0] for m, x in row.items()} for part, row in rows.items()}}
-            for b, rows in parts.items()}  # fmt: skip
+            for b, rows in parts.items()}
 
 
 def test_mean_and_spread_stand_in_their_cells(here):
@@ -325,7 +325,7 @@ def test_mean_and_spread_stand_in_their_cells(here):
     ("6", "EfficientNet-B0", ["needs ImageNet weights", "32.02"]),
     ("7", "BLIP VE† / BLIP VE", ["not run", "30.93", "", "", "62.09"]),
     ("15", "supervised: CLIP4Cir", ["needs triplets", "33.60"]),
-])  # fmt: skip
+])
 def test_a_row_without_ours_says_why(here, name, label, start):
     assert cells(table(name, [0]), label)[0][0][1 : 1 + len(start)] == start
 

@@ -59,7 +59,7 @@ def compute(tmp_path, blip, images):
         before, options = blip.seen, {"workers": 0, "dtype": np.float32, **options}
         found = features.image_features(blip, list_images(paths), tmp_path / cache, **options)
         return SimpleNamespace(v=np.asarray(found.v), F_v=found.F_v and np.asarray(found.F_v),
-                               bad=found.bad, rows=found, seen=blip.seen - before)  # fmt: skip
+                               bad=found.bad, rows=found, seen=blip.seen - before)
 
     return compute
 
@@ -200,7 +200,7 @@ def test_resumes_to_the_same_bits(compute, blip, images, tmp_path, monkeypatch, 
     parts = compute(cache="parts", **options)
     assert parts.seen == missing and set(whole.bad) == {2} and whole.bad == parts.bad
     a, b = ({path.name: path.read_bytes() for path in found.rows.folder.iterdir()}
-            for found in (whole, parts))  # fmt: skip
+            for found in (whole, parts))
     assert set(a) == {"v.npy", "F_v.npy", "done.json"} and a == b
     assert left(tmp_path / "parts") == left(tmp_path / "whole")
 

@@ -63,7 +63,7 @@ def read_scene(text):
     background = [name for name, phrase in BACKGROUNDS.items() if phrase in text]
     assert len(background) <= 1, text
     things = [Thing(kind, colour, size, place or middle) for size, colour, kind, place, middle in
-              ([x or None for x in found] for found in NOUN.findall(text))]  # fmt: skip
+              ([x or None for x in found] for found in NOUN.findall(text))]
     things += [Thing(colour=colour or None, size=size or None) for size, colour in STATED.findall(text)]
     return Scene(tuple(things), background[0] if background else None)
 
@@ -84,7 +84,7 @@ def read_garment(text):
         "toptee" if kind == "top" else kind, next(iter(re.findall(rf"\b{one_of(COLOURS)}\b", rest)), None), pattern,
         "none" if pattern == "plain" else second, sleeves, find(one_of(specs.NECKLINES)),
         find(rf"\b{one_of(specs.LENGTHS)}(?:er)?\b(?! sleeves)"), find(rf"\b{one_of(specs.DETAILS[1:])}\b"),
-    )  # fmt: skip
+    )
 
 
 def read(text, like):
@@ -260,7 +260,7 @@ def test_every_attribute_is_visible():
     choices = dict(
         kind=GARMENTS, colour=[c for c in COLOURS if c != "blue"], second=[c for c in COLOURS if c != "red"],
         pattern=specs.PATTERNS, sleeves=specs.SLEEVES, neckline=specs.NECKLINES, length=specs.LENGTHS, detail=specs.DETAILS,
-    )  # fmt: skip
+    )
     images = {pixels(replace(garment, **{name: v})).tobytes() for name, values in choices.items() for v in values}
     assert len(images) == sum(map(len, choices.values())) - 7
 
@@ -279,7 +279,7 @@ def test_colours_and_places_are_where_the_spec_says():
 # --------------------------------------------------------------------------------------------- the world on disk
 def digest(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}  # fmt: skip
+            for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 class Recorder:
@@ -763,7 +763,7 @@ def test_the_shipped_query_model_fits_the_shipped_blip(small_world, pocket_blip)
     model, settings = load_query_model(ROOT / "pocket" / "isa.pt", pocket_blip)
     defaults = vars(parse_args([]))
     assert {k: v for k, v in settings.items() if k not in MAY_CHANGE | {"precision"}} == {
-        k: v for k, v in defaults.items() if k not in MAY_CHANGE | {"precision"}}  # fmt: skip
+        k: v for k, v in defaults.items() if k not in MAY_CHANGE | {"precision"}}
     paths = sorted((small_world / "cirr/img_raw/test1").iterdir())
     pixels = torch.stack([query_side.preprocess(model.encoder, Image.open(path)) for path in paths])
     with torch.no_grad():
