@@ -534,15 +534,14 @@ def check(case, done, before, cwd):
     assert sorted(after.keys() - before.keys()) == sorted(case.leaves)
 
 
-def runs():
-    for i, case in enumerate(CASES):
-        for alone, chosen in ((False, i % 3 == 0), (True, case.real)):
-            yield pytest.param(case, alone, id=case.name + " (process)" * alone,
-                               marks=() if chosen else pytest.mark.slow)
+RUNS = [pytest.param(case, alone, id=case.name + " (process)" * alone,
+                     marks=() if chosen else pytest.mark.slow)
+        for i, case in enumerate(CASES)
+        for alone, chosen in ((False, i % 3 == 0), (True, case.real))]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize("case, alone", runs())
+@pytest.mark.parametrize("case, alone", RUNS)
 def test_bad_input(case, alone, here, call_script):
     spoil(here, case.wrong)
     before = files(here.cwd)

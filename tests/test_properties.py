@@ -14,6 +14,7 @@ import os
 import re
 import tarfile
 import tempfile
+import zlib
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -300,6 +301,25 @@ def test_predictions_are_read_back_as_written(tmp_path, name):
     check()
 
 
+CAPTIONS = st.lists(st.text("ab", max_size=5), min_size=1, max_size=2)
+
+
+@property_of(st.lists(CAPTIONS, min_size=1, max_size=8), st.integers(1, 6))
+def test_queries_are_encoded_in_any_batches_and_two_captions_averaged(captions, batch):
+    def feature(row, text):
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{row} {text}".encode()))
+        return nn.functional.normalize(torch.randn(4, generator=generator), dim=0)
+
+    def encode(rows, texts):
+        return 3 * torch.stack([feature(*one) for one in zip(rows.tolist(), texts, strict=True)])
+
+    queries = [Query(str(i), "r", texts, []) for i, texts in enumerate(captions)]
+    found = evaluate.encode_queries(encode, queries, "fp32", "cpu", batch)
+    for row, texts in enumerate(captions):
+        total = sum(feature(row, " and ".join(order)) for order in (texts, texts[::-1]))
+        torch.testing.assert_close(found[row], nn.functional.normalize(total, dim=0))
+
+
 # ------------------------------------------------------------------------------------ tokenizer
 ODD = [
     "[SEP]", "[CLS]", "[PAD]", "[UNK]", "[MASK]", "[ENC]", "[DEC]", "[sep]", "##s", "##", "[", "]",
@@ -356,7 +376,6 @@ def test_any_texts_become_ids_and_a_mask(tokenizer):
         pad = lambda row, value: row + [value] * (longest - len(row))  # noqa: E731
         assert ids.tolist() == [pad(row, tokenizer.pad_id) for row in rows]
         assert mask.tolist() == [pad([1] * len(row), 0) for row in rows]
-        assert all(0 <= i < tokenizer.vocab_size for i in sum(rows, []))
 
     check()
 
@@ -447,8 +466,6 @@ def test_composed_sentences_token_by_token(blip):
         for row, seen, rows in zip(words, mask, wanted, strict=True):
             assert seen.tolist() == [1] * len(rows) + [0] * (words.shape[1] - len(rows))
             assert torch.equal(row[: len(rows)], rows)
-        rough, _ = isa.compose_query(blip, U.bfloat16(), modifiers, prompt)
-        assert rough.dtype == torch.float32  # BLIP's, whatever the query model runs in
 
     check()
 
