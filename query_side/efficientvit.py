@@ -15,8 +15,7 @@ KEY_WIDTH = 16  # channels of a head's queries and keys
 class EfficientViT(nn.Module):
     """Pixels [B, 3, 224, 224] -> F^LE [B, 224, 4, 4], 3.96 M parameters.
 
-    image_size sets the sides of the attention windows, and so the number of attention biases; the
-    network then takes pixels of other sizes too.
+    image_size sets the sides of the attention windows, and so the number of attention biases.
     """
 
     out_channels, normalization = 224, IMAGENET_STATISTICS
@@ -38,8 +37,8 @@ class EfficientViT(nn.Module):
         )
 
     def forward(self, pixels):
-        x = self.patch_embed(pixels)  # [B, 128, 14, 14]
-        return self.stages(x)  # [B, 128, 14, 14], then [B, 192, 7, 7], then [B, 224, 4, 4]
+        # [B, 128, 14, 14], then the stages' [B, 128, 14, 14], [B, 192, 7, 7], [B, 224, 4, 4]
+        return self.stages(self.patch_embed(pixels))
 
 
 def sandwiches(width, depth, heads, side):
@@ -77,7 +76,7 @@ def feed_forward(width):
 
 
 class Residual(nn.Module):
-    """x + m(x), where m(x) = 0 at first: its last BatchNorm starts with a scale of zero."""
+    """x + m(x), where m(x) = 0 at first: its last BatchNorm starts with scale zero."""
 
     def __init__(self, m):
         super().__init__()
@@ -89,7 +88,7 @@ class Residual(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a number in 0..1 that depends on all channels' means (Hu et al.)."""
+    """Scales each channel by 0..1, depending on all channels' means (Hu et al.)."""
 
     def __init__(self, width):
         super().__init__()
@@ -138,8 +137,7 @@ class CascadedGroupAttention(nn.Module):
 
     def forward(self, x):
         biases = self.attention_biases[:, self.index]  # [heads, N, N]
-        shares = x.chunk(len(self.qkvs), dim=1)
-        found, outputs = 0, []
+        shares, found, outputs = x.chunk(len(self.qkvs), dim=1), 0, []
         for share, bias, qkv, dw in zip(shares, biases, self.qkvs, self.dws, strict=True):
             q, k, v = qkv(share + found).split(self.widths, dim=1)  # Eq. 3
             q, k, v = dw(q).flatten(2), k.flatten(2), v.flatten(2)  # [B, ., N]
