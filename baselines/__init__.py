@@ -7,7 +7,7 @@ Read simple.py first. SEARLE takes about ten minutes.
     python evaluate.py table --pic2word runs/pic2word/isa.pt --searle runs/searle/isa.pt
 
 Like the sums, Pic2Word and SEARLE need BLIP's feature v of the query image, so nothing runs on a
-phone. Both were made for CLIP. Numbers called theirs are the defaults of their published code
+phone. Numbers called theirs are the defaults of their published code
 (google-research/composed_image_retrieval, miccunifi/SEARLE).
 """
 

@@ -39,11 +39,10 @@ def invert(blip, v, regularize, steps=150, lr=2e-2, precision="fp32", numbers=No
 
     v [M, E], unit norm -> words [M, 1, d_w]. AdamW moves each word from N(0, 0.02^2) to lower
     (1 - cosine(text feature of "a photo of [word]", v)) + 0.5 * regularize; the result is the
-    word's exponential moving average.
+    word's exponential moving average; paper/runs.md compares the settings with SEARLE's.
 
-    SEARLE runs 350 steps with a decay of 0.99, here scaled to the number of steps; paper/runs.md
-    compares. Image i draws from its own generator, seeded by (seed, numbers[i]): batching changes
-    no more than rounding.
+    Image i draws from its own generator, seeded by (seed, numbers[i]): batching changes no more
+    than rounding.
     """
     numbers = range(len(v)) if numbers is None else numbers
     drawn = draw_for_images(numbers, steps, blip.word_dim, seed)
@@ -59,7 +58,7 @@ def invert(blip, v, regularize, steps=150, lr=2e-2, precision="fp32", numbers=No
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        average.lerp_(words.detach(), min(1.0, 3.5 / steps))
+        average.lerp_(words.detach(), min(1.0, 3.5 / steps))  # SEARLE: 0.01 at 350 steps
     return average
 
 
@@ -88,8 +87,8 @@ def distill(phi, v, words, regularize, epochs=100, batch=256, lr=1e-4, weight=0.
             precision="fp32"):
     """Train phi in place to map v [M, E] to words [M, 1, d_w]: L_distil + weight * regularize.
 
-    The defaults are SEARLE's; paper/runs.md says why the pocket world has others. Returns each
-    epoch's mean loss and leaves phi in eval mode. Raises ValueError if a loss is not finite.
+    The defaults are SEARLE's (paper/runs.md). Returns each epoch's mean loss, leaves phi in eval
+    mode. Raises ValueError if a loss is not finite.
     """
     optimizer = torch.optim.AdamW(phi.parameters(), lr=lr, weight_decay=0.01)
     phi.train()
@@ -116,7 +115,7 @@ def distill(phi, v, words, regularize, epochs=100, batch=256, lr=1e-4, weight=0.
 
 
 def invert_in_parts(blip, v, numbers, regularize, folder, **options):
-    """invert, some images at a time; each part is kept in `folder` and read from there."""
+    """invert, some images at a time; each part is kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     words, size = [], INVERTED_TOGETHER
     for start in tqdm(range(0, len(v), size), "inverting", unit=f"x{size} img", disable=None):
@@ -133,7 +132,7 @@ def invert_in_parts(blip, v, numbers, regularize, folder, **options):
 
 
 def choose_images(settings, blip, precision):
-    """Draw --count of the images -> their numbers in the folder [M], their features v [M, E]."""
+    """Draw --count of the images -> their numbers in the folder [M], v [M, E]."""
     if settings["images"] == POCKET_IMAGES:
         world.ensure(Path(POCKET_IMAGES).parent)
     images = find_images(settings["images"], settings["cache_dir"])
@@ -193,7 +192,7 @@ def parse_args(argv=None):
     add("--sentences", default="pocket/sentences.json", help="JSON of {concept: [sentences]}")
     add("--concepts", type=int, default=3, help="of an image; more if the list is longer")
     add("--steps", type=int, default=150, help="of inversion; SEARLE: 350, for 2 %% more cosine")
-    add("--epochs", type=int, default=100, help="of distillation; SEARLE: 100")
+    add("--epochs", type=int, default=100, help="of distillation, as SEARLE's")
     add("--lr", type=float, default=1e-3, help="of distillation; SEARLE: 1e-4, for more images")
     add("--seed", type=int, default=0, help="images, words, sentences, weights, order")
     add("--name", default="searle", help="the run's folder is runs/NAME")

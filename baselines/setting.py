@@ -1,4 +1,4 @@
-"""One benchmark and all methods of the tables: queries -> features -> rankings."""
+"""A benchmark and all methods: queries -> features -> rankings."""
 
 from functools import partial
 
@@ -37,7 +37,7 @@ def modifiers(query):
 
 @torch.no_grad()
 def encode_queries(encode, queries, precision, device, batch_size=256):
-    """A list of benchmarks.Query -> features [Q, E] of unit norm, float32, on the CPU.
+    """Queries -> features [Q, E] of unit norm, float32, on the CPU.
 
     encode: a function (rows of queries, int64 [B]; list of B modifiers) -> [B, E].
     """
@@ -91,7 +91,7 @@ class Setting:
         self.gallery = self.v[: len(benchmark.gallery)]  # [N, E]
 
     def query_features(self, method, query_model=None, prompt="a photo of"):
-        """All queries by one of METHODS -> [Q, E], unit norm."""
+        """Queries by one of METHODS -> [Q, E], unit norm."""
         blip, used = self.blip, self.references.unique()  # [R], ascending
         if method in SIMPLE:
             def encode(rows, texts):

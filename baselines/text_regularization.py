@@ -11,18 +11,20 @@ from plumbing.precision import autocast
 
 from .simple import text_only
 
+FORMAT = "{concept: [sentences]}"
+
 
 def read_sentences(path):
-    """JSON {concept: [sentences that contain it]} -> dict. Raises ValueError."""
+    """JSON {concept: [sentences with it]} -> dict. Raises ValueError."""
     try:
         by_concept = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a JSON file of "
-                         "{concept: [sentences]}") from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give the path of JSON "
+                         f"{FORMAT}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not JSON ({error}); write {{concept: [sentences]}}") from None
+        raise ValueError(f"{path}: is not JSON ({error}); write {FORMAT}") from None
     if not isinstance(by_concept, dict) or not by_concept:
-        raise ValueError(f"{path}: holds no concepts; write {{concept: [sentences]}}")
+        raise ValueError(f"{path}: holds no concepts; write {FORMAT}")
     for concept, texts in by_concept.items():
         where = f'{path}: the concept "{concept}"'
         if not isinstance(texts, list) or not texts or not all(isinstance(s, str) for s in texts):
@@ -57,12 +59,10 @@ def encode_texts(blip, texts, precision, batch=256):
 class TextRegularization:
     """A sentence about an image's concept must mean the same when U stands for it.
 
-        regularize = TextRegularization(blip, read_sentences("pocket/sentences.json"))
-        loss = regularize(U, v)  # "a [u1 .. uL] next to a tree" against "a red cat next to a tree"
-
-    BLIP gives each image its k nearest concepts, by "a photo of a {concept}"; each call draws one
-    of them and one of its sentences. All are encoded once, in `precision`; calls run under the
-    caller's autocast. C concepts, S sentences, of at most T tokens without their concept.
+    "a [u1 .. uL] next to a tree", say, against "a red cat next to a tree". BLIP gives each image
+    its k nearest concepts, by "a photo of a {concept}"; each call draws one of them and one of its
+    sentences. All are encoded once, in `precision`; calls run under the caller's autocast.
+    C concepts, S sentences, of at most T tokens without their concept.
     """
 
     def __init__(self, blip, by_concept, k=3, precision="fp32"):

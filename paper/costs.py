@@ -32,7 +32,7 @@ BLIP_BASE = dict(
 
 
 def machine(threads):
-    """The machine in words: cores, what its CPU can do, GPU, threads, PyTorch."""
+    """The machine in words."""
     able = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in cpu_flags()]
     able = ", ".join(able) or torch.backends.cpu.get_cpu_capability()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -49,7 +49,7 @@ def blip_base():
 
 def full_size(name, blip):
     """A query model at the paper's sizes with random weights."""
-    encoder = query_side.build(name, blip=blip if name == "blip" else None, image_size=224)
+    encoder = query_side.build(name, blip=blip, image_size=224)
     mapper = isa.AdaptiveTokenLearner(encoder.out_channels, blip.word_dim)
     return isa.QueryModel(encoder, mapper).eval()
 
@@ -70,7 +70,7 @@ def products(model):
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, side, side, device="meta"))
     attention = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
-    return counter.get_total_flops() / 2, attention / 2
+    return counter.get_total_flops() / 2, attention / 2  # two FLOPs a product
 
 
 def costs():
@@ -98,7 +98,7 @@ def cost_table():
 
 
 def median_ms(function, calls=30):
-    """Median time of function() in milliseconds, after three calls to warm up."""
+    """Median time of function() in ms, after three calls to warm up."""
     times = timeit.repeat(function, number=1, repeat=calls + 3)
     return 1000 * statistics.median(times[3:])
 

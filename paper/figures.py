@@ -80,7 +80,7 @@ def write(sheet, x, y, text, size=11):
 
 
 def paste_retrieved(sheet, setting, query, names, x, y):
-    """The images found, best first, the targets in frames."""
+    """The images found, best first; targets are framed."""
     for i, name in enumerate(names):
         at = x + i * STEP
         if name in query.targets:
@@ -90,7 +90,7 @@ def paste_retrieved(sheet, setting, query, names, x, y):
 
 @torch.no_grad()
 def look(setting, model, query):
-    """A query's reference image -> grouping and cross-attention maps [L, H, W], U [1, L, d_w]."""
+    """A query's image -> grouping and cross-attention maps [L, H, W], U [1, L, d_w]."""
     image, device = open_image(setting.benchmark.paths[query.reference]), setting.blip.temp.device
     with autocast(device, setting.precision):
         pixels = query_side.preprocess(model.encoder, image)[None].to(device)

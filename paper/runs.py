@@ -37,7 +37,7 @@ def seeds_of(run, seeds):
 
 
 def training(run, seed, threads=0):
-    """The command that trains a run of RUNS: a list of arguments, without the interpreter."""
+    """The command that trains a run of RUNS, without the interpreter."""
     script = ["-m", "baselines.searle"] if run == "searle" else ["train.py", *BUDGET]
     command = [*script, *RUNS[run], "--seed", str(seed), "--name", f"tables/{run}-{seed}"]
     return command + (["--threads", str(threads)] if threads else [])
@@ -71,7 +71,7 @@ def trained(run, seed, fingerprint):
 
 
 def read_results(path):
-    """What `evaluate.py table` wrote -> {"settings": dict, "results": dict}. Raises ValueError."""
+    """What `evaluate.py table` wrote -> its "settings" and "results". Raises ValueError."""
     try:
         content = loads(path.read_text())
         return {name: {**content[name]} for name in ("settings", "results")}
@@ -86,7 +86,7 @@ def evaluated(run, seed, split, fingerprint):
         return False
     settings, wanted = read_results(out)["settings"], vars(evaluate.parse_args(command[1:]))
     same = all(settings.get(name) == wanted[name] for name in ("methods", "split", "checkpoint"))
-    newer = run in METHODS or out.stat().st_mtime >= (folder(run, seed) / "isa.pt").stat().st_mtime
+    newer = run in METHODS or out.stat().st_mtime >= out.with_name("isa.pt").stat().st_mtime
     return same and newer and settings.get("blip_fingerprint") == fingerprint
 
 

@@ -64,7 +64,7 @@ def cell(values):
 
 
 def markdown(head, rows):
-    """A head and rows of strings -> lines of a markdown table, padded."""
+    """A head and rows of strings -> lines of a markdown table."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells):

@@ -4,7 +4,7 @@
     feature_map = encoder(query_side.preprocess(encoder, pil)[None])  # [1, 1408, 7, 7]
     learner = isa.AdaptiveTokenLearner(encoder.out_channels, blip.word_dim)
     query_model = isa.QueryModel(encoder, learner)
-    query_model, settings = query_side.load_query_model("runs/pocket/isa.pt", blip)  # once trained
+    query_model, settings = query_side.load_query_model("runs/pocket/isa.pt", blip)
 """
 
 from .encoders import NAMES, PocketNet, as_map, build, preprocess

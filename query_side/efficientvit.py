@@ -42,7 +42,7 @@ class EfficientViT(nn.Module):
 
 
 def sandwiches(width, depth, heads, side):
-    """`depth` sandwich blocks (Eq. 1): attention between FFNs, each after a token interaction."""
+    """`depth` blocks (Eq. 1): attention between FFNs, each after a token interaction."""
     return nn.Sequential(*(
         named(dw0=interaction(width), ffn0=feed_forward(width),
               mixer=Residual(WindowAttention(width, heads, side)),
@@ -132,11 +132,10 @@ class CascadedGroupAttention(nn.Module):
         self.attention_biases = nn.Parameter(torch.zeros(heads, side * side))
         apart = (torch.arange(side)[:, None] - torch.arange(side)).abs()  # [s, s]
         index = apart[:, None, :, None] * side + apart[:, None, :]  # [s, s, s, s]: y, x; y, x
-        index = index.flatten(2).flatten(0, 1)  # [N, N] with N = s*s
-        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("index", index.flatten(2).flatten(0, 1), persistent=False)  # [N, N]
 
     def forward(self, x):
-        biases = self.attention_biases[:, self.index]  # [heads, N, N]
+        biases = self.attention_biases[:, self.index]  # [heads, N, N] with N = s*s
         shares, found, outputs = x.chunk(len(self.qkvs), dim=1), 0, []
         for share, bias, qkv, dw in zip(shares, biases, self.qkvs, self.dws, strict=True):
             q, k, v = qkv(share + found).split(self.widths, dim=1)  # Eq. 3

@@ -67,7 +67,7 @@ class BlipEncoder(nn.Module):
 
 
 class TunedBlipEncoder(nn.Module):
-    """"BLIP VE†" of Table 7: a copy of BLIP's visual encoder, trained. -> [B, D, h, w]."""
+    """A trained copy of BLIP's visual encoder, "BLIP VE†" (Table 7). -> [B, D, h, w]."""
 
     def __init__(self, blip):
         super().__init__()

@@ -12,7 +12,7 @@ from .encoders import TunedBlipEncoder, as_map
 
 
 class MLP(nn.Module):
-    """Pic2Word's mapping network (its section 3): a feature map's mean -> one word [B, 1, d_w].
+    """Pic2Word's mapping network (its section 3): a feature map's mean -> U [B, 1, d_w].
 
     On a light encoder it is "MLP (single token)" of Tables 5, 11 and 18-20, on the encoder "blip-v"
     Pic2Word itself.
@@ -27,7 +27,6 @@ class MLP(nn.Module):
         )
 
     def forward(self, feature_map):
-        """feature_map [B, C, H, W] -> U [B, 1, d_w]."""
         return self.layers(feature_map.mean(dim=(2, 3)))[:, None]
 
 
@@ -41,8 +40,7 @@ class Phi(MLP):
 class TwoSidedModel(isa.QueryModel):
     """One encoder for both sides (Tables 7, 13): it gives U to queries, v and F^v to the gallery.
 
-    Linear layers make v and F^v of a light encoder's map. The text side stays the
-    frozen BLIP's.
+    Linear layers make v and F^v of a light encoder's map. The text side stays the frozen BLIP's.
     """
 
     def __init__(self, encoder, mapper, blip):

@@ -30,7 +30,7 @@ OTHER_VERSION = ("was written by another version of this program; train again, w
 
 
 def build_query_model(settings, blip, pretrained=None):
-    """The light encoder and the mapper that a dict of train.py's options names, on the CPU."""
+    """The encoder and the mapper that a dict of train.py's options names, on the CPU."""
     encoder = build(settings["encoder"], pretrained, blip, settings["query_size"])
     name, sizes = settings["mapper"], (encoder.out_channels, blip.word_dim)
     if name in LEARNERS:
