@@ -1,4 +1,4 @@
-"""A benchmark and all methods: queries -> features -> rankings."""
+"""A benchmark and all methods: queries, features, rankings."""
 
 from functools import partial
 
