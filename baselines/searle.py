@@ -2,8 +2,8 @@
 
     python -m baselines.searle            # the pocket world; writes runs/searle/isa.pt
 
-First inversion: for each of some images an optimizer seeks the word that BLIP takes for the image.
-Then distillation: a network phi learns to give such words at once, from the image's feature v.
+Inversion: for each of some images an optimizer seeks the word that BLIP takes for the image.
+Distillation: a network phi learns to give such words at once, from the image's feature v.
 """
 
 import hashlib
@@ -39,13 +39,10 @@ def invert(blip, v, regularize, steps=150, lr=2e-2, precision="fp32", numbers=No
 
     v [M, E], unit norm -> words [M, 1, d_w]. AdamW moves each word from N(0, 0.02^2) to lower
     (1 - cosine(text feature of "a photo of [word]", v)) + 0.5 * regularize; the result is the
-    word's exponential moving average over the steps.
+    word's exponential moving average; paper/runs.md compares the settings with SEARLE's.
 
-    SEARLE runs 350 steps with a decay of 0.99, here scaled to the number of steps, and draws one of
-    24 prompts at each; pocket BLIP knows one. In the pocket world 50, 100, 150, 200 and 350 steps
-    reach a cosine of 0.88, 0.91, 0.925, 0.93 and 0.94; from 150 on each of 128 words finds its
-    image among 512. Image i draws from its own generator, seeded by (seed, numbers[i]), where
-    numbers is 0 .. M-1 by default: batching changes no more than rounding.
+    Image i draws from its own generator, seeded by (seed, numbers[i]): batching changes no more
+    than rounding.
     """
     numbers = range(len(v)) if numbers is None else numbers
     drawn = draw_for_images(numbers, steps, blip.word_dim, seed)
@@ -61,7 +58,7 @@ def invert(blip, v, regularize, steps=150, lr=2e-2, precision="fp32", numbers=No
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        average.lerp_(words.detach(), min(1.0, 3.5 / steps))
+        average.lerp_(words.detach(), min(1.0, 3.5 / steps))  # SEARLE: 0.01 at 350 steps
     return average
 
 
@@ -78,7 +75,7 @@ def draw_for_images(numbers, steps, word_dim, seed):
 def distillation_loss(words, predicted, temperature=0.25):
     """SEARLE's L_distil (section 3): words and predicted [B, d_w] -> scalar.
 
-    Each of the 2B normalized vectors has to find its partner among the 2B - 1 others.
+    Each of the 2B vectors has to find its partner among the 2B - 1 others.
     """
     both = F.normalize(torch.cat([words, predicted]).float(), dim=1)  # [2B, d_w]
     logits = (both @ both.T / temperature).fill_diagonal_(-math.inf)  # [2B, 2B]
@@ -90,10 +87,8 @@ def distill(phi, v, words, regularize, epochs=100, batch=256, lr=1e-4, weight=0.
             precision="fp32"):
     """Train phi in place to map v [M, E] to words [M, 1, d_w]: L_distil + weight * regularize.
 
-    The defaults are SEARLE's. With 3,000 images of the pocket world lr 1e-3 is better: R@1 on its
-    CIRR validation set is 47, not 36 (45 after 30 epochs). Order, dropout and sentences come from
-    torch's global generator. Returns each epoch's mean loss and leaves phi in eval mode. Raises
-    ValueError if a loss is not finite.
+    The defaults are SEARLE's (paper/runs.md). Returns each epoch's mean loss, leaves phi in eval
+    mode. Raises ValueError if a loss is not finite.
     """
     optimizer = torch.optim.AdamW(phi.parameters(), lr=lr, weight_decay=0.01)
     phi.train()
@@ -120,7 +115,7 @@ def distill(phi, v, words, regularize, epochs=100, batch=256, lr=1e-4, weight=0.
 
 
 def invert_in_parts(blip, v, numbers, regularize, folder, **options):
-    """invert, some images at a time; each part is kept in `folder` and read if it is there."""
+    """invert, some images at a time; each part is kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     words, size = [], INVERTED_TOGETHER
     for start in tqdm(range(0, len(v), size), "inverting", unit=f"x{size} img", disable=None):
@@ -137,7 +132,7 @@ def invert_in_parts(blip, v, numbers, regularize, folder, **options):
 
 
 def choose_images(settings, blip, precision):
-    """Draw --count of the images -> their numbers in the folder [M], their features v [M, E]."""
+    """Draw --count of the images -> their numbers in the folder [M], v [M, E]."""
     if settings["images"] == POCKET_IMAGES:
         world.ensure(Path(POCKET_IMAGES).parent)
     images = find_images(settings["images"], settings["cache_dir"])
@@ -149,8 +144,8 @@ def choose_images(settings, blip, precision):
         raise ValueError(f"{len(features.bad)} of {len(images)} images in {settings['images']} are "
                          "damaged; fix or remove them")
     sound = np.setdiff1d(np.arange(len(images)), list(features.bad))
-    shuffled = np.random.default_rng(settings["seed"]).permutation(sound)
-    numbers = np.sort(shuffled[: settings["count"]])
+    rng = np.random.default_rng(settings["seed"])
+    numbers = np.sort(rng.permutation(sound)[: settings["count"]])
     return numbers, torch.from_numpy(features.v[numbers]).float().to(settings["device"])
 
 
@@ -166,7 +161,6 @@ def searle(args):
     settings = {**vars(args), "precision": precision, "encoder": "blip-v", "mapper": "phi",
                 "tokens": 1, "prompt": "a photo of", "gallery": "blip", "query_size": None}
     print(" ".join(f"{k}={v}" for k, v in settings.items()))
-
     numbers, v = choose_images(settings, blip, precision)
     regularize = TextRegularization(blip, by_concept, args.concepts, precision)
     # Everything that a word depends on
@@ -191,15 +185,14 @@ def searle(args):
 def parse_args(argv=None):
     p = ArgumentParser("python -m baselines.searle", description=__doc__, allow_abbrev=False,
                        formatter_class=RawDescriptionHelpFormatter)
-    add_shared_options(p, "--blip", "--vocab", "--image-size", "--cache-dir", "--device",
-                       "--precision", "--threads")
-    add = p.add_argument
+    add = add_shared_options(p, "--blip", "--vocab", "--image-size", "--cache-dir", "--device",
+                             "--precision", "--threads")
     add("--images", default=POCKET_IMAGES, help="folder of images and .tar shards; pixels only")
     add("--count", type=int, default=3000, help="images to invert; SEARLE: 100,000 of ImageNet")
     add("--sentences", default="pocket/sentences.json", help="JSON of {concept: [sentences]}")
-    add("--concepts", type=int, default=3, help="concepts of an image; more if the list is longer")
+    add("--concepts", type=int, default=3, help="of an image; more if the list is longer")
     add("--steps", type=int, default=150, help="of inversion; SEARLE: 350, for 2 %% more cosine")
-    add("--epochs", type=int, default=100, help="of distillation; SEARLE: 100")
+    add("--epochs", type=int, default=100, help="of distillation, as SEARLE's")
     add("--lr", type=float, default=1e-3, help="of distillation; SEARLE: 1e-4, for more images")
     add("--seed", type=int, default=0, help="images, words, sentences, weights, order")
     add("--name", default="searle", help="the run's folder is runs/NAME")

@@ -1,4 +1,4 @@
-"""One benchmark and all methods of the tables: queries -> features -> rankings."""
+"""A benchmark and all methods: queries, features, rankings."""
 
 from functools import partial
 
@@ -28,7 +28,7 @@ METHODS = (*SIMPLE, *MODEL_OPTIONS, "searle-oti", *ceilings.METHODS)
 
 
 def modifiers(query):
-    """The texts whose features are averaged: FashionIQ's two captions, joined in both orders."""
+    """The texts whose features are averaged: FashionIQ joins its captions in both orders."""
     if len(query.captions) == 2:
         first, second = query.captions
         return [f"{first} and {second}", f"{second} and {first}"]
@@ -37,7 +37,7 @@ def modifiers(query):
 
 @torch.no_grad()
 def encode_queries(encode, queries, precision, device, batch_size=256):
-    """A list of benchmarks.Query -> features [Q, E] of unit norm, float32, on the CPU.
+    """Queries -> features [Q, E] of unit norm, float32, on the CPU.
 
     encode: a function (rows of queries, int64 [B]; list of B modifiers) -> [B, E].
     """
@@ -56,9 +56,9 @@ def encode_queries(encode, queries, precision, device, batch_size=256):
 
 @torch.no_grad()
 def through_query_model(query_model, paths, precision, device, workers):
-    """M image files -> U [M, L, d_w], what a phone would send, and v [M, E] of a two-sided model.
+    """M image files -> U [M, L, d_w], and v [M, E] of a two-sided model, None of others.
 
-    v is None for other models. Raises ValueError for an image that cannot be read.
+    Raises ValueError for an image that cannot be read.
     """
     images, preprocess = list_images(paths), partial(query_side.preprocess, query_model.encoder)
     batches, outputs = load_images(images, preprocess, 128, workers), []
@@ -73,7 +73,7 @@ def through_query_model(query_model, paths, precision, device, workers):
 
 
 class Setting:
-    """A benchmark ready to be queried: v [M, E] of its images by the frozen BLIP, gallery first."""
+    """A benchmark ready to be queried, with the frozen BLIP's v [M, E], gallery first."""
 
     def __init__(self, blip, benchmark, precision="fp32", cache_dir="cache", workers=1,
                  sentences="pocket/sentences.json"):
@@ -91,7 +91,7 @@ class Setting:
         self.gallery = self.v[: len(benchmark.gallery)]  # [N, E]
 
     def query_features(self, method, query_model=None, prompt="a photo of"):
-        """All queries by one of METHODS -> [Q, E], unit norm."""
+        """Queries by one of METHODS -> [Q, E], unit norm."""
         blip, used = self.blip, self.references.unique()  # [R], ascending
         if method in SIMPLE:
             def encode(rows, texts):
@@ -100,9 +100,10 @@ class Setting:
             encode = ceilings.encoder(blip, self.benchmark, method, prompt)
         else:
             if method == "searle-oti":
-                made = baselines.read_sentences(self.sentences)
-                regularize = baselines.TextRegularization(blip, made, precision=self.precision)
-                U = invert(blip, self.v[used].to(self.device), regularize, precision=self.precision)
+                how = {"precision": self.precision}
+                sentences = baselines.read_sentences(self.sentences)
+                regularize = baselines.TextRegularization(blip, sentences, **how)
+                U = invert(blip, self.v[used].to(self.device), regularize, **how)
             else:
                 U, _ = self.encode_images(query_model, [self.names[i] for i in used.tolist()])
             own = torch.searchsorted(used, self.references)  # [Q]: rows of U [R, L, d_w]
@@ -112,7 +113,7 @@ class Setting:
         return encode_queries(encode, self.benchmark.queries, self.precision, self.device)
 
     def rank(self, q, query_model=None, k=50):
-        """q [Q, E] -> {query id: k names, best first}; the same of CIRR's subsets, whole, or None.
+        """q [Q, E] -> {query id: k names, best first}; the same of CIRR's subsets, or None.
 
         Similarity is to the frozen BLIP's v, or to a two-sided query model's own.
         """

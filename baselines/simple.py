@@ -1,4 +1,4 @@
-"""The three simple baselines: query features q [B, E] of unit norm, with no training at all.
+"""The simple baselines: query features q [B, E] of unit norm, without training.
 
 blip is the frozen BLIP, v [B, E] its features of the reference images, modifiers a list of B texts.
 """

@@ -11,18 +11,20 @@ from plumbing.precision import autocast
 
 from .simple import text_only
 
+FORMAT = "{concept: [sentences]}"
+
 
 def read_sentences(path):
-    """JSON {concept: [sentences that contain it]} -> dict. ValueError names file and concept."""
+    """JSON {concept: [sentences with it]} -> dict. Raises ValueError."""
     try:
         by_concept = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a JSON file of "
-                         "{concept: [sentences]}") from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give the path of JSON "
+                         f"{FORMAT}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not JSON ({error}); write {{concept: [sentences]}}") from None
+        raise ValueError(f"{path}: is not JSON ({error}); write {FORMAT}") from None
     if not isinstance(by_concept, dict) or not by_concept:
-        raise ValueError(f"{path}: holds no concepts; write {{concept: [sentences]}}")
+        raise ValueError(f"{path}: holds no concepts; write {FORMAT}")
     for concept, texts in by_concept.items():
         where = f'{path}: the concept "{concept}"'
         if not isinstance(texts, list) or not texts or not all(isinstance(s, str) for s in texts):
@@ -41,7 +43,7 @@ def find_concept(concept, sentence):
 
 
 def nearest_concepts(v, concepts, k):
-    """Zero-shot classification: v [B, E], the concepts' t [C, E] -> the k nearest, int64 [B, k]."""
+    """v [B, E], the concepts' t [C, E] -> the k nearest, int64 [B, k]."""
     with torch.autocast(v.device.type, enabled=False):  # bfloat16 would make near concepts equal
         return (v.float() @ concepts.T).topk(k).indices
 
@@ -55,22 +57,18 @@ def encode_texts(blip, texts, precision, batch=256):
 
 
 class TextRegularization:
-    """A sentence about an image's concept must mean the same when U stands for the concept.
+    """A sentence about an image's concept must mean the same when U stands for it.
 
-        regularize = TextRegularization(blip, read_sentences("pocket/sentences.json"))
-        loss = regularize(U, v)  # "a [u1 .. uL] next to a tree" against "a red cat next to a tree"
-
-    BLIP gives each image its k nearest concepts, by "a photo of a {concept}"; each call draws one
-    of them and one of its sentences. SEARLE: k = 15 in inversion and 150 in distillation, of Open
-    Images' 20,000 concepts with 256 sentences each; the pocket world has 120 with eight each. All
-    are encoded here, once, in `precision`; calls run under the caller's autocast. C concepts,
-    S sentences, of at most T tokens without their concept.
+    "a [u1 .. uL] next to a tree", say, against "a red cat next to a tree". BLIP gives each image
+    its k nearest concepts, by "a photo of a {concept}"; each call draws one of them and one of its
+    sentences. All are encoded once, in `precision`; calls run under the caller's autocast.
+    C concepts, S sentences, of at most T tokens without their concept.
     """
 
     def __init__(self, blip, by_concept, k=3, precision="fp32"):
         self.blip, self.k = blip, min(k, len(by_concept))
-        articles = ["an" if name.strip()[0].lower() in "aeiou" else "a" for name in by_concept]
-        prompts = [f"a photo of {a} {name}" for a, name in zip(articles, by_concept, strict=True)]
+        prompts = [f"a photo of {'an' if name.strip()[0] in 'aeiouAEIOU' else 'a'} {name}"
+                   for name in by_concept]
         self.concepts = encode_texts(blip, prompts, precision)  # [C, E]
         counts = [len(texts) for texts in by_concept.values()]
         self.count = torch.tensor(counts, device=blip.temp.device)  # [C]
@@ -92,8 +90,8 @@ class TextRegularization:
 
         random [B, 2] in [0, 1) chooses concept and sentence (default: torch's global generator).
         """
-        random = (torch.rand(len(U), 2) if random is None else random).to(v.device)
-        rows = self.draw(v, random)
+        random = torch.rand(len(U), 2) if random is None else random
+        rows = self.draw(v, random.to(v.device))
         t = self.blip.encode_text(*self.speak(rows, U))  # [B, E]
         return (1 - (t * self.t[rows]).sum(dim=1)).mean()
 

@@ -1,16 +1,14 @@
 """Every table and figure of the paper: train what is missing, print ours beside the paper's.
 
     python -m paper 5               # trains what Table 5 needs, three seeds a row, and prints it
-    python -m paper 2 8 fig3        # several; rows they share are trained once
+    python -m paper 2 8 fig3 lar    # several; rows they share are trained once
     python -m paper commands 5      # prints what is missing, a line per run, to run side by side
     python -m paper all             # everything, into paper/RESULTS.md (--as-is: trains nothing)
     python -m paper 1 17            # cost at the paper's sizes; needs no training
-    python -m paper fig5            # paper/figures/fig5.png (also fig4, fig6, fig7 and fig8)
-    python -m paper lar             # what LAR changes, by type of modifier and in the learnt words
+    python -m paper fig5            # paper/figures/fig5.png
 
-Our numbers are from the pocket world's test sets (Tables 9 and 10: validation). Its images, BLIP
-and query network are not the paper's: compare the order of rows, not the two numbers in a cell.
-Runs are kept in runs/tables/NAME-SEED. Finished ones are not repeated, and stopped ones resume.
+Our images, BLIP and query network are the pocket world's: compare the order of rows, not the two
+numbers in a cell. Runs are kept in runs/tables/NAME-SEED; stopped ones resume.
 """
 
 import argparse
@@ -25,13 +23,13 @@ import train
 from paper import costs, figures, lar, numbers, runs, tables
 from plumbing.command import run_command
 from plumbing.files import check_output, replacing
-from plumbing.options import check_options
+from plumbing.options import add_shared_options, check_options
 
 ALL = (*map(str, range(1, 21)), "fig3", "lar", *figures.FIGURES)
 
 
 def needed(names, seeds, imagenet=False):
-    """Names of ALL -> {(run, seed): splits to evaluate it on}; seed None where none is trained."""
+    """Names of ALL -> {(run, seed): splits to evaluate it on}; seed None without training."""
     found = {}
     for name in names:
         entry = tables.TABLES.get(name)
@@ -50,14 +48,14 @@ def needed(names, seeds, imagenet=False):
 
 
 def section(name, args):
-    """One table or figure -> lines of markdown: numbers or picture, note, command."""
+    """One table or figure -> lines of markdown, with its note and command."""
     title = tables.title_of(name)
     if name in ("1", "17"):
         lines = costs.cost_table() if name == "1" else costs.latency_table(args.threads)
     elif name in figures.FIGURES:
         try:
             path = figures.draw_figure(name, args.seeds[0], args.threads)
-            link = os.path.relpath(path, Path(args.out).parent if args.out else ".")
+            link = os.path.relpath(path, Path(args.out or "").parent)
             lines = [numbers.NOTES[title], "", f"![{title}]({link})"]
         except ValueError as error:  # the tables are still worth printing
             lines = [f"**{title}** is not drawn: {error}."]
@@ -69,17 +67,16 @@ def section(name, args):
 
 
 def preamble(args):
-    """The head of RESULTS.md: what it is, the recipe of every row, seeds, machine and time."""
+    """The head of RESULTS.md: the recipe of every row, seeds, machine and time."""
     recipe = vars(train.parse_args(runs.training("isa", 0)[1:]))
-    paths = sorted(runs.HOME.glob("isa-*/isa.pt"))
-    images = sorted({int(query_side.read_checkpoint(path)["images"]) for path in paths})
-    logs = [path.read_text() for path in sorted(runs.HOME.glob("*/log.txt"))]
+    paths = runs.HOME.glob("isa-*/isa.pt")
+    images = sorted({query_side.read_checkpoint(path)["images"] for path in paths})
+    logs = [path.read_text() for path in runs.HOME.glob("*/log.txt")]
     seconds = sum(int(s) for log in logs for s in re.findall(r"^\S+: (\d+) s$", log, re.M))
     text = numbers.NOTES["RESULTS.md"].format(
-        recipe=recipe, epochs=f"{recipe['epochs']} epoch{'s' * (recipe['epochs'] > 1)}",
-        images=" or ".join(map(str, images)) or "all", searle=numbers.RUNS["searle"][-1],
-        seeds=", ".join(map(str, args.seeds)), machine=costs.machine(args.threads),
-        hours=seconds / 3600, runs=len(logs),
+        recipe=recipe, images=" or ".join(map(str, images)) or "all", runs=len(logs),
+        searle=numbers.RUNS["searle"][-1], seeds=", ".join(map(str, args.seeds)),
+        machine=costs.machine(args.threads), hours=seconds / 3600,
     )
     return ["# Results: every table and figure of the paper, ours beside the paper's", "", text, ""]
 
@@ -87,30 +84,30 @@ def preamble(args):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(prog="python -m paper", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("names", nargs="+", metavar="NAME", choices=(*ALL, "all", "commands"),
-                   help=f"{', '.join(ALL)} or all; with `commands`: print, do not run")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],
-                   help="of every trained row; one is enough for a quick look")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads of a run (0 = all)")
-    p.add_argument("--as-is", action="store_true", help="run nothing: print what is there")
-    p.add_argument("--imagenet", action="store_true",
-                   help="also the rows that start from ImageNet weights (downloads, weights/)")
-    p.add_argument("--out", help="also write to this file (default of all: paper/RESULTS.md)")
+    add = add_shared_options(p, "--threads")
+    add("names", nargs="+", metavar="NAME", choices=(*ALL, "all", "commands"),
+        help=f"{', '.join(ALL)} or all; with `commands`: print, do not run")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2],
+        help="of every trained row; one is enough for a quick look")
+    add("--as-is", action="store_true", help="run nothing: print what is there")
+    add("--imagenet", action="store_true",
+        help="also rows that start from ImageNet weights (downloads, weights/)")
+    add("--out", help="also write to this file (default of all: paper/RESULTS.md)")
     args = p.parse_args(argv)
     check_options(p, args, threads=0)
     args.commands, args.all = "commands" in args.names, "all" in args.names
-    args.names = [name for name in dict.fromkeys(args.names) if name != "commands"]
+    names = ALL if args.all else dict.fromkeys(args.names)
+    args.names = [name for name in names if name != "commands"]
     if not args.names:
         p.error("commands of which tables? name some, or all")
     if not all(0 <= seed < 2**32 for seed in args.seeds) or len({*args.seeds}) < len(args.seeds):
         p.error("--seeds have to be different numbers, at least 0 and below 2**32")
-    args.names = list(ALL) if args.all else args.names
     args.out = args.out or ("paper/RESULTS.md" if args.all else None)
     return args
 
 
 def main(args):
-    """Run and print what the options ask for. Raises ValueError, at the end, if runs failed."""
+    """Run and print what is asked for. Raises ValueError, at the end, if runs failed."""
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))  # the terminal was closed
     if args.out:

@@ -6,6 +6,7 @@ import platform
 import random
 import statistics
 import timeit
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ BLIP_BASE = dict(
 
 
 def machine(threads):
-    """The machine in words: cores, what its CPU can do, GPU, threads, PyTorch."""
+    """The machine in words."""
     able = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in cpu_flags()]
     able = ", ".join(able) or torch.backends.cpu.get_cpu_capability()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -41,36 +42,35 @@ def machine(threads):
 
 
 def blip_base():
-    """The paper's BLIP, ViT-B/16 at 224 px, with random weights and pocket BLIP's vocabulary."""
+    """The paper's BLIP (ViT-B/16) with random weights and pocket BLIP's vocabulary."""
     tokenizer = blip_lite.Tokenizer(ROOT / "pocket/vocab.txt")
     return blip_lite.Blip(BLIP_BASE, tokenizer).eval().requires_grad_(False)
 
 
 def full_size(name, blip):
-    """A query model at the paper's sizes with random weights: 224 px, six words of 768."""
-    encoder = query_side.build(name, blip=blip if name == "blip" else None, image_size=224)
+    """A query model at the paper's sizes with random weights."""
+    encoder = query_side.build(name, blip=blip, image_size=224)
     mapper = isa.AdaptiveTokenLearner(encoder.out_channels, blip.word_dim)
     return isa.QueryModel(encoder, mapper).eval()
 
 
 def parameters(model, name, blip):
-    """Their number; query_side.BlipEncoder hides BLIP's from PyTorch, so they are added."""
+    """Their number, with BLIP's, which its encoder hides from PyTorch."""
     hidden = blip.visual_encoder.parameters() if name == "blip" else ()
     return sum(p.numel() for p in (*model.parameters(), *hidden))
 
 
 @torch.no_grad()
 def products(model):
-    """MACs of one image, and the part of them that multiplies two activations, as attention does.
+    """MACs of one image, and attention's part: the products of two activations.
 
-    FlopCounterMode's FLOPs of convolutions and matrix products, halved. The model is on the meta
-    device, where attention is written out in products; on a CPU the counter misses fused attention.
+    The model is on the meta device; on a CPU FlopCounterMode misses fused attention.
     """
     side = model.encoder.image_size
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, side, side, device="meta"))
     attention = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
-    return counter.get_total_flops() / 2, attention / 2
+    return counter.get_total_flops() / 2, attention / 2  # two FLOPs a product
 
 
 def costs():
@@ -84,51 +84,51 @@ def costs():
 def cost_table():
     """Table 1 -> lines of markdown."""
     rows, found = [], costs()
-    whole_size, whole_macs, attention = found["blip"]
+    blip_size, blip_macs, attention = found["blip"]
     for name, (size, macs, _) in found.items():
         paper = NUMBERS["cost"][LABELS[name]]
-        compute = f"{macs / 1e9:.2f}", paper["MACs, G"], f"{100 * macs / whole_macs:.1f}"
-        weights = f"{size / 1e6:.2f}", paper["parameters, M"], f"{100 * size / whole_size:.1f}"
-        rows.append([LABELS[name], *compute, *weights])
+        rows.append([
+            LABELS[name],
+            f"{macs / 1e9:.2f}", paper["MACs, G"], f"{100 * macs / blip_macs:.1f}",
+            f"{size / 1e6:.2f}", paper["parameters, M"], f"{100 * size / blip_size:.1f}",
+        ])
     head = ["query model", "MACs, G", "paper", "% of BLIP", "parameters, M", "paper", "% of BLIP"]
-    note = NOTES["Table 1"].format(without=(whole_macs - attention) / 1e9)
+    note = NOTES["Table 1"].format(without=(blip_macs - attention) / 1e9)
     return [note, "", *markdown(head, rows)]
 
 
 def median_ms(function, calls=30):
-    """Median time of function() in milliseconds, after three calls that do not count."""
+    """Median time of function() in ms, after three calls to warm up."""
     times = timeit.repeat(function, number=1, repeat=calls + 3)
     return 1000 * statistics.median(times[3:])
 
 
 @torch.inference_mode()
 def latencies(gallery=123_403):
-    """Medians in ms: {encoder: a query image}, a composed query's text, ranking [gallery, 256]."""
+    """Medians in ms: {encoder: a query image}, a composed query's text, ranking the gallery."""
     torch.manual_seed(0)
-    blip, query = blip_base(), {}
-    for name in LABELS:
-        model, pixels = full_size(name, blip), torch.randn(1, 3, 224, 224)
-        query[name] = median_ms(lambda model=model, pixels=pixels: model(pixels))
+    blip, pixels = blip_base(), torch.randn(1, 3, 224, 224)
+    query = {name: median_ms(partial(full_size(name, blip), pixels)) for name in LABELS}
     U = torch.randn(1, 6, blip.word_dim)
 
     def encode():
-        words, mask = isa.compose_query(blip, U, ["shows a red car in the snow instead"])
-        return blip.encode_text(words, mask)
+        modifier = "shows a red car in the snow instead"
+        return blip.encode_text(*isa.compose_query(blip, U, [modifier]))
 
     features, q = F.normalize(torch.randn(gallery, blip.embed_dim), dim=1), encode()
     return query, median_ms(encode), median_ms(lambda: benchmarks.top_k(q, features, 50))
 
 
-def jpeg_bytes(image, side=224):
-    """Size of an image at side x side as JPEG of quality 75."""
+def jpeg_bytes(image):
+    """Size of an image at 224 x 224 as JPEG of quality 75."""
     out = io.BytesIO()
-    image.resize((side, side), Image.Resampling.BICUBIC).save(out, "JPEG", quality=75)
+    image.resize((224, 224), Image.Resampling.BICUBIC).save(out, "JPEG", quality=75)
     return len(out.getvalue())
 
 
-def texture(side=224, seed=0):
-    """PIL image of noise with a photograph's spectrum (amplitude 1/frequency), mean and spread."""
-    noise = np.fft.fft2(np.random.default_rng(seed).standard_normal((3, side, side)))
+def texture(side=224):
+    """PIL image of noise with a photograph's spectrum (1/frequency), mean and spread."""
+    noise = np.fft.fft2(np.random.default_rng(0).standard_normal((3, side, side)))
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side))
     image = np.fft.ifft2(noise / np.maximum(frequency, 1 / side)).real  # [3, S, S]
     image = 118 + 60 * (image - image.mean()) / image.std()
@@ -144,8 +144,8 @@ def latency_table(threads):
         mine, ms = ["needs CLIP", "", ""], query.get(row["encoder"])
         if ms is not None:
             mine = [f"{x:.2f}" for x in (ms, text + ranking, ms + text + ranking)]
-        paper = [row[f"{part}, ms"] for part in ("query", "retrieval", "total")]
-        rows.append([label, *(x for pair in zip(mine, paper, strict=True) for x in pair)])
+        rows.append([label, mine[0], row["query, ms"], mine[1], row["retrieval, ms"],
+                     mine[2], row["total, ms"]])
     head = ["query model", "query", "paper", "retrieval", "paper", "total", "paper"]
     note = NOTES["Table 17"].format(machine=machine(threads), text=text, ranking=ranking)
     scene = drawing.draw(specs.random_scene(random.Random(0), count=3))

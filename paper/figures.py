@@ -17,7 +17,7 @@ from plumbing.pictures import GREEN, overlay
 from plumbing.precision import autocast, open_blip
 from pocket.specs import EDIT_KINDS
 
-TILE, GAP, STEP, LEFT = 64, 6, 70, 160  # pixels: an image, between two, both; the query on the left
+TILE, GAP, STEP, LEFT = 64, 6, 70, 160  # pixels: an image, between two, both; left margin
 
 
 def is_first(query, rankings, run="isa"):
@@ -33,36 +33,29 @@ FIGURES = {  # name -> its runs, and the queries it shows: condition(query, {run
 }
 
 
-def retrieve(runs, seed, threads):
-    """The pocket CIRR test set, queried -> Setting, {run: query model}, {run: rankings}."""
-    paths = {run: folder(run, seed) / "isa.pt" for run in runs}
-    for path in paths.values():
-        query_side.read_checkpoint(path)  # now: the world may have to be drawn
-    (benchmark,) = evaluate.open_benchmarks("cirr")
-    options = evaluate.parse_args(["table", "--threads", str(threads)])
-    blip, precision = open_blip(vars(options))
-    setting = evaluate.Setting(blip, benchmark, precision=precision)
-    models, rankings = {}, {}
-    for run, path in paths.items():
-        models[run], settings = query_side.load_query_model(path, blip)
-        q = setting.query_features("isa", models[run], settings["prompt"])
-        rankings[run], _ = setting.rank(q)
-    return setting, models, rankings
-
-
 def first_of_each_kind(benchmark, condition):
-    """The first query of each type of modifier that meets a condition: not picked by hand."""
+    """The first query of each type of modifier that meets a condition."""
     found = {}
     for query in filter(condition, benchmark.queries):
         found.setdefault(query.kind, query)
     return [found[kind] for kind in (*EDIT_KINDS, "") if kind in found]
 
 
-def draw_figure(name, seed=0, threads=0, out="paper/figures"):
-    """Draw OUT/NAME.png from the runs of one seed -> its path. Raises ValueError."""
+def draw_figure(name, seed=0, threads=0):
+    """Draw paper/figures/NAME.png from the runs of one seed -> its path. Raises ValueError."""
     runs, condition = FIGURES[name]
-    setting, models, rankings = retrieve(runs, seed, threads)
-    chosen = first_of_each_kind(setting.benchmark, lambda query: condition(query, rankings))
+    paths = {run: folder(run, seed) / "isa.pt" for run in runs}
+    for path in paths.values():
+        query_side.read_checkpoint(path)  # now: the world may have to be drawn
+    (benchmark,) = evaluate.open_benchmarks("cirr")
+    options = evaluate.parse_args(["table", "--threads", str(threads)])
+    blip, precision = open_blip(vars(options))
+    setting, models, rankings = evaluate.Setting(blip, benchmark, precision=precision), {}, {}
+    for run, path in paths.items():
+        models[run], settings = query_side.load_query_model(path, blip)
+        q = setting.query_features("isa", models[run], settings["prompt"])
+        rankings[run], _ = setting.rank(q)
+    chosen = first_of_each_kind(benchmark, lambda query: condition(query, rankings))
     if not chosen:
         raise ValueError("no query of the pocket CIRR test set meets its condition")
     blocks = [draw_query(setting, models, rankings, query) for query in chosen]
@@ -71,7 +64,7 @@ def draw_figure(name, seed=0, threads=0, out="paper/figures"):
     for block in blocks:
         sheet.paste(block, (GAP, y))
         y += block.height + 3 * GAP
-    path = Path(out) / f"{name}.png"
+    path = Path(f"paper/figures/{name}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         sheet.save(file, optimize=True)
@@ -83,7 +76,7 @@ def picture(setting, name):
 
 
 def write(sheet, x, y, text, size=11):
-    ImageDraw.Draw(sheet).multiline_text((x, y), text, fill="black", font_size=size)
+    ImageDraw.Draw(sheet).text((x, y), text, fill="black", font_size=size)
 
 
 def paste_retrieved(sheet, setting, query, names, x, y):
@@ -97,7 +90,7 @@ def paste_retrieved(sheet, setting, query, names, x, y):
 
 @torch.no_grad()
 def look(setting, model, query):
-    """A query's reference image -> grouping and cross-attention maps [L, H, W], U [1, L, d_w]."""
+    """A query's image -> grouping and cross-attention maps [L, H, W], U [1, L, d_w]."""
     image, device = open_image(setting.benchmark.paths[query.reference]), setting.blip.temp.device
     with autocast(device, setting.precision):
         pixels = query_side.preprocess(model.encoder, image)[None].to(device)
@@ -108,9 +101,9 @@ def look(setting, model, query):
 
 @torch.no_grad()
 def words_to_tokens(setting, U, modifier):
-    """How much each word of the modifier attends to each sentence token in BLIP's text encoder.
+    """How much each word of the modifier attends to each sentence token in a composed query.
 
-    -> words, weights [words, L]: means over layers and heads in text mode, for a composed query.
+    -> words, weights [words, L]: means over the layers and heads of BLIP's text encoder.
     """
     blip = setting.blip
     words, mask = isa.compose_query(blip, U, [modifier])
@@ -124,11 +117,11 @@ def words_to_tokens(setting, U, modifier):
 
 
 def draw_words(pieces, attention):
-    """The words of a modifier, and in blue how much each attends to each token. -> PIL image."""
-    left, column, row = 84, 22, 13
-    size = left + column * attention.shape[1] + 3 * GAP, row * len(pieces) + 20
+    """The words of a modifier, and in blue their attention to each token -> PIL image."""
+    left, column, row, L = 84, 22, 13, attention.shape[1]
+    size = left + column * L + 3 * GAP, row * len(pieces) + 20
     sheet = Image.new("RGB", size, "white")
-    for j in range(attention.shape[1]):
+    for j in range(L):
         write(sheet, left + column * j, 1, f"u{j + 1}")
     for i, (piece, weights) in enumerate(zip(pieces, attention / attention.max(), strict=True)):
         y = 16 + row * i
@@ -140,7 +133,7 @@ def draw_words(pieces, attention):
 
 
 def draw_query(setting, models, rankings, query, top=5):
-    """One query: for each model its cross-attention maps and its best images. -> PIL image.
+    """One query: each model's cross-attention maps and best images -> PIL image.
 
     A single model also shows its grouping, and how the words attend to its tokens.
     """

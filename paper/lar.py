@@ -14,18 +14,16 @@ import query_side
 from paper.numbers import NOTES, ROWS
 from paper.runs import folder, seeds_of
 from paper.tables import cell, markdown, measured, value
-from plumbing.images import open_image
 from plumbing.pictures import nearest_words, word_rows
 from pocket.specs import EDIT_KINDS
 
 
 def lar_table(seeds, images=500):
-    """Two tables of the runs that are there -> lines of markdown."""
+    """Two tables -> lines of markdown."""
     blip = blip_lite.load("pocket")
     (benchmark,) = evaluate.open_benchmarks("cirr")
     paths = [benchmark.paths[name] for name in benchmark.gallery[:images]]
-    pixels = (blip.preprocess(open_image(path))[None] for path in paths)
-    v = torch.cat([blip.encode_image(x, cls_only=True)[0] for x in pixels])  # [M, E]
+    v = evaluate.Setting(blip, benchmark).gallery[:images]  # [M, E]
     kinds = [kind for kind in EDIT_KINDS if kind != "replace"]  # only pre-training has that one
     columns = [(b, metric, kind) for b, metric in benchmarks.HEADLINE.items() for kind in kinds]
     scores, words = [], []
@@ -38,25 +36,21 @@ def lar_table(seeds, images=500):
         looks = [look_at_words(folder(run, seed) / "isa.pt", blip, paths, v) for seed in seen]
         cells = [cell([look[i] for look in looks]) for i in range(4)]
         words.append([label, *cells, looks[0][4] if looks else "–"])
-    norm = word_rows(blip)[1].norm(dim=1).mean()
-    return [
-        NOTES["lar, scores"],
-        "",
-        *markdown(["loss", *(f"{b} {metric}, {kind}" for b, metric, kind in columns)], scores),
-        "",
-        NOTES["lar, words"].format(images=len(paths), norm=norm),
-        "",
-        *markdown(["loss", "norm of a token", "cosine to the nearest word", "true, %",
-                   "own image, R@1", "nearest words, most often"], words),
-    ]
+    _, rows = word_rows(blip)
+    score_head = ["loss", *(f"{b} {metric}, {kind}" for b, metric, kind in columns)]
+    word_head = ["loss", "norm of a token", "cosine to the nearest word", "true, %",
+                 "own image, R@1", "nearest words, most often"]
+    note = NOTES["lar, words"].format(images=len(paths), norm=rows.norm(dim=1).mean())
+    return [NOTES["lar, scores"], "", *markdown(score_head, scores), "",
+            note, "", *markdown(word_head, words)]
 
 
 @torch.no_grad()
 def look_at_words(checkpoint, blip, paths, v):
     """What a query model says of images with features v [M, E].
 
-    -> the mean norm of a token, its mean cosine to the nearest word, the percentage of those words
-    that are in the image's full caption, R@1 of the sentence among the images, the commonest words.
+    -> the tokens' mean norm and cosine to the nearest word, the percentage of those words that the
+    image's full caption contains, R@1 of the sentence among the images, the commonest words.
     """
     model, settings = query_side.load_query_model(checkpoint, blip)
     U, _ = evaluate.through_query_model(model, paths, "fp32", "cpu", 1)  # [M, L, d_w]

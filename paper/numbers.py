@@ -21,6 +21,7 @@ def read_tables(name):
 
 
 NUMBERS, ROWS = read_tables("numbers.md"), read_tables("rows.md")
+CONTENTS = ROWS.pop("tables")  # title, headings and rows of each table
 NOTES, TRAINED, UNTRAINED = read_sections("notes.md"), *read_tables("runs.md").values()
 RUNS = {name: row["options"].split() for name, row in TRAINED.items()}  # options of train.py
 METHODS = {name: row["methods"].split(", ") for name, row in UNTRAINED.items()}  # of evaluate.py

@@ -1,4 +1,4 @@
-"""The runs behind the tables: their commands, which of those are still missing, and running them.
+"""The runs behind the tables: their commands, which of those are missing, and running them.
 
 A run is `train.py` with options from runs.md, in runs/tables/NAME-SEED, then `evaluate.py table`.
 """
@@ -37,7 +37,7 @@ def seeds_of(run, seeds):
 
 
 def training(run, seed, threads=0):
-    """The command that trains a run of RUNS, without the interpreter: a list of arguments."""
+    """The command that trains a run of RUNS, without the interpreter."""
     script = ["-m", "baselines.searle"] if run == "searle" else ["train.py", *BUDGET]
     command = [*script, *RUNS[run], "--seed", str(seed), "--name", f"tables/{run}-{seed}"]
     return command + (["--threads", str(threads)] if threads else [])
@@ -46,18 +46,14 @@ def training(run, seed, threads=0):
 def evaluation(run, seed, split):
     """The command that evaluates a run on the three pocket benchmarks, and the file it writes."""
     out = folder(run, seed) / ("table.json" if split == "test" else f"table_{split}.json")
-    what = ["--methods", *METHODS.get(run, ["isa"])]
+    command = ["evaluate.py", "table", "--split", split, "--methods", *METHODS.get(run, ["isa"])]
     if run in RUNS:
-        what += ["--checkpoint", str(folder(run, seed) / "isa.pt")]
-    command = ["evaluate.py", "table", "--split", split, *what]
+        command += ["--checkpoint", str(folder(run, seed) / "isa.pt")]
     return [*command, "--json", str(out), "--picture", ""], out
 
 
 def trained(run, seed, fingerprint):
-    """The state of a training: "done", "begun" (or not begun), or "other".
-
-    "other" has other options or was trained against another BLIP than the one with `fingerprint`.
-    """
+    """The state of a training: "done", "begun" (or not), or "other": other options or BLIP."""
     path = folder(run, seed) / "isa.pt"
     if not path.exists():
         return "begun"
@@ -75,7 +71,7 @@ def trained(run, seed, fingerprint):
 
 
 def read_results(path):
-    """What `evaluate.py table` wrote -> {"settings": dict, "results": dict}. Raises ValueError."""
+    """What `evaluate.py table` wrote -> its "settings" and "results". Raises ValueError."""
     try:
         content = loads(path.read_text())
         return {name: {**content[name]} for name in ("settings", "results")}
@@ -84,18 +80,18 @@ def read_results(path):
 
 
 def evaluated(run, seed, split, fingerprint):
-    """Whether the run's results exist, of the same methods, and no older than its checkpoint."""
+    """Whether results exist, of the same methods, and no older than the checkpoint."""
     command, out = evaluation(run, seed, split)
     if not out.exists():
         return False
     settings, wanted = read_results(out)["settings"], vars(evaluate.parse_args(command[1:]))
     same = all(settings.get(name) == wanted[name] for name in ("methods", "split", "checkpoint"))
-    newer = run in METHODS or out.stat().st_mtime >= (folder(run, seed) / "isa.pt").stat().st_mtime
+    newer = run in METHODS or out.stat().st_mtime >= out.with_name("isa.pt").stat().st_mtime
     return same and newer and settings.get("blip_fingerprint") == fingerprint
 
 
 def missing(run, seed, splits, fingerprint, threads=0):
-    """The commands that a run still needs: its training, and its evaluation on each split."""
+    """The commands that a run still needs: training, and evaluation on each split."""
     state = "done" if run in METHODS else trained(run, seed, fingerprint)
     commands = [evaluation(run, seed, split)[0] for split in splits
                 if state != "done" or not evaluated(run, seed, split, fingerprint)]
@@ -110,9 +106,9 @@ def shown(command):
 
 
 def call(command, log, threads=0):
-    """Run one command in a process of its own; its output and its duration are appended to `log`.
+    """Run one command, its output and duration appended to `log`. Raises ValueError if it fails.
 
-    Raises ValueError if it fails. Ctrl-C is passed on once and waited for: train.py saves first.
+    Ctrl-C is passed on once and waited for: train.py saves first.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -135,16 +131,16 @@ def call(command, log, threads=0):
             if child.poll() is None:  # a second Ctrl-C
                 child.kill()
             print(f"paper: {time.time() - began:.0f} s", file=out)
-    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if status - 128 in (signal.SIGINT, signal.SIGTERM):
         raise ValueError(f"`{shown(command)}` was interrupted; run it again to resume")
     if status:
         raise ValueError(f"`{shown(command)}` failed; see the end of {log}")
 
 
 def run_missing(runs, threads, fingerprint):
-    """Run what is missing, one process at a time. -> a line for each run that failed.
+    """Run what is missing of {(run, seed): splits} in turn -> a line for each run that failed.
 
-    runs: {(run, seed): splits}. A failure does not stop the others: it must not cost a night.
+    A failure does not stop the others: it must not cost a night.
     """
     waiting = [key for key, splits in runs.items() if missing(*key, splits, fingerprint)]
     failures = []

@@ -1,67 +1,27 @@
 """The paper's tables as markdown, a column of ours beside each of the paper's."""
 
 import statistics
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import benchmarks
-from paper.numbers import NUMBERS, ROWS, RUNS
+from paper.numbers import CONTENTS, NUMBERS, ROWS, RUNS
 from paper.runs import FOLDERS, WITH_WEIGHTS, evaluation, read_results, seeds_of
 
 ROWS["comparison on validation"] = {
     label: row for label, row in ROWS["comparison"].items() if row["ours"] != "searle-oti"
 }
 GARMENTS = (*(f"{category} " for category in benchmarks.CATEGORIES), "")
-AVERAGES = ("cirr", "Avg"), ("fashioniq", "mean"), ("circo", "Avg")
 COLUMNS = {  # heading of a table -> {column: (benchmark, metric)}
     "CIRR": {m: ("cirr", m) for m in ("R@1", "R@5", "R@10", "R@50", "Avg")},
     "CIRCO": {m: ("circo", m) for m in ("mAP@5", "mAP@10", "mAP@25", "mAP@50", "Avg")},
     "FashionIQ": {g + m: ("fashioniq", g + m) for g in GARMENTS for m in ("R@10", "R@50")},
-    "averages over the metrics": {f"{b} {m}": (b, m) for b, m in AVERAGES},
+    "averages over the metrics": {
+        f"{b} {m}": (b, m) for b, m in (("cirr", "Avg"), ("fashioniq", "mean"), ("circo", "Avg"))},
 }
 
 
-@dataclass
-class Table:
-    """A table of the paper, printed as a table for each of its headings in COLUMNS.
-
-    rows: a section of rows.md. printed, split: the splits of the paper's numbers and of ours.
-    """
-
-    title: str
-    headings: tuple
-    rows: str
-    printed: str = "val"
-    split: str = "test"
-
-
-CIRR, CIRCO, FASHIONIQ, BOTH = ("CIRR",), ("CIRCO",), ("FashionIQ",), ("CIRR", "CIRCO")
-NO_TEST = "FashionIQ (paper: validation; it has no test annotations)"
-SUPERVISED = "FashionIQ (paper: validation): beside supervised methods"
-MODELS = "query models (paper: validation); * from random weights"
-SIDES = "symmetric and asymmetric retrieval (paper: validation); query model / gallery model"
-MAPPERS = 'mapping networks (paper: validation; its "transformer" is the adaptive token learner)'
-PARTS = "parts of the mapping network (paper: validation, EfficientNet-B2)"
-TABLES = {
-    "2": Table("CIRR, test", CIRR, "comparison", printed="test"),
-    "3": Table("CIRCO, test", CIRCO, "comparison", printed="test"),
-    "4": Table(NO_TEST, FASHIONIQ, "comparison"),
-    "5": Table("mapping networks (paper: validation)", BOTH, "mapping networks"),
-    "6": Table(MODELS, BOTH, "query models"),
-    "7": Table(SIDES, BOTH, "sides"),
-    "8": Table("losses (paper: validation)", BOTH, "losses"),
-    "9": Table("CIRR, validation", CIRR, "comparison on validation", split="val"),
-    "10": Table("CIRCO, validation", CIRCO, "comparison on validation", split="val"),
-    "11": Table(MAPPERS, FASHIONIQ, "mapping networks"),
-    "12": Table(MODELS, FASHIONIQ, "query models"),
-    "13": Table(SIDES, FASHIONIQ, "sides"),
-    "14": Table("losses (paper: validation)", FASHIONIQ, "losses"),
-    "15": Table("CIRR, test: beside supervised methods", CIRR, "supervised", printed="test"),
-    "16": Table(SUPERVISED, FASHIONIQ, "supervised"),
-    "18": Table(PARTS, CIRR, "parts"),
-    "19": Table(PARTS, CIRCO, "parts"),
-    "20": Table(PARTS, FASHIONIQ, "parts"),
-    "fig3": Table("token lengths", ("averages over the metrics",), "token lengths"),
-}
+TABLES = {name: SimpleNamespace(**{**row, "headings": row["headings"].split(", ")})
+          for name, row in CONTENTS.items()}  # columns as in rows.md
 
 
 def title_of(name):
@@ -75,21 +35,18 @@ def measured(ours, seeds, split):
     -> a list of {benchmark: {part: {metric: [mean, spread]}}}; part is "all", a FashionIQ category,
     or a type of modifier.
     """
-    untrained = FOLDERS.get(ours)
+    run, method = (FOLDERS[ours], ours) if ours in FOLDERS else (ours, "isa")
     found = []
-    for seed in [None] if untrained else seeds if ours in RUNS else []:
-        path = evaluation(untrained or ours, seed, split)[1]
+    for seed in [None] if ours in FOLDERS else seeds if ours in RUNS else []:
+        _, path = evaluation(run, seed, split)
         results = read_results(path)["results"] if path.exists() else {}
-        methods = {b: rows.get(ours if untrained else "isa") for b, rows in results.items()}
-        found.append({benchmark: row for benchmark, row in methods.items() if row})
+        found.append({b: rows[method] for b, rows in results.items() if method in rows})
     return [result for result in found if result]
 
 
 def value(result, benchmark, metric):
-    """One number of a result, or None.
-
-    metric: "R@10"; "dress R@10" or "one R@10" for a part; "mean", of FashionIQ's two averages.
-    """
+    """One number of a result, or None. metric: "R@10", "dress R@10" or "one R@10" of a part, or
+    "mean" of FashionIQ's two averages."""
     row = result.get(benchmark, {})
     if metric == "mean":
         return statistics.mean(row["all"][m][0] for m in ("R@10", "R@50")) if row else None
@@ -107,7 +64,7 @@ def cell(values):
 
 
 def markdown(head, rows):
-    """A head and rows of strings -> lines of a markdown table, padded to be readable as text."""
+    """A head and rows of strings -> lines of a markdown table."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells):

@@ -4,21 +4,10 @@
     feature_map = encoder(query_side.preprocess(encoder, pil)[None])  # [1, 1408, 7, 7]
     learner = isa.AdaptiveTokenLearner(encoder.out_channels, blip.word_dim)
     query_model = isa.QueryModel(encoder, learner)
-    query_model, settings = query_side.load_query_model("runs/pocket/isa.pt", blip)  # once trained
-
-encoders.py builds networks, query_model.py saves and loads whole query models.
+    query_model, settings = query_side.load_query_model("runs/pocket/isa.pt", blip)
 """
 
-from .encoders import (
-    NAMES,
-    BlipEncoder,
-    BlipFeature,
-    PocketNet,
-    TunedBlipEncoder,
-    as_map,
-    build,
-    preprocess,
-)
+from .encoders import NAMES, PocketNet, as_map, build, preprocess
 from .layers import DepthwiseConv2d
 from .mappers import MLP, Phi, TwoSidedModel
 from .query_model import MAPPERS, MAY_CHANGE, build_query_model, load_query_model, read_checkpoint

@@ -15,8 +15,7 @@ KEY_WIDTH = 16  # channels of a head's queries and keys
 class EfficientViT(nn.Module):
     """Pixels [B, 3, 224, 224] -> F^LE [B, 224, 4, 4], 3.96 M parameters.
 
-    image_size sets the sides of the attention windows, and so the number of attention biases; the
-    network then takes pixels of other sizes too.
+    image_size sets the sides of the attention windows, and so the number of attention biases.
     """
 
     out_channels, normalization = 224, IMAGENET_STATISTICS
@@ -38,12 +37,12 @@ class EfficientViT(nn.Module):
         )
 
     def forward(self, pixels):
-        x = self.patch_embed(pixels)  # [B, 128, 14, 14]
-        return self.stages(x)  # [B, 128, 14, 14], then [B, 192, 7, 7], then [B, 224, 4, 4]
+        # [B, 128, 14, 14], then the stages' [B, 128, 14, 14], [B, 192, 7, 7], [B, 224, 4, 4]
+        return self.stages(self.patch_embed(pixels))
 
 
 def sandwiches(width, depth, heads, side):
-    """`depth` sandwich blocks (Eq. 1): attention between FFNs, each after a token interaction."""
+    """`depth` blocks (Eq. 1): attention between FFNs, each after a token interaction."""
     return nn.Sequential(*(
         named(dw0=interaction(width), ffn0=feed_forward(width),
               mixer=Residual(WindowAttention(width, heads, side)),
@@ -77,7 +76,7 @@ def feed_forward(width):
 
 
 class Residual(nn.Module):
-    """x + m(x), where m(x) = 0 at first: its last BatchNorm starts with a scale of zero."""
+    """x + m(x), where m(x) = 0 at first: its last BatchNorm starts with scale zero."""
 
     def __init__(self, m):
         super().__init__()
@@ -89,7 +88,7 @@ class Residual(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a number in 0..1 that depends on all channels' means (Hu et al.)."""
+    """Scales each channel by 0..1, depending on all channels' means (Hu et al.)."""
 
     def __init__(self, width):
         super().__init__()
@@ -133,13 +132,11 @@ class CascadedGroupAttention(nn.Module):
         self.attention_biases = nn.Parameter(torch.zeros(heads, side * side))
         apart = (torch.arange(side)[:, None] - torch.arange(side)).abs()  # [s, s]
         index = apart[:, None, :, None] * side + apart[:, None, :]  # [s, s, s, s]: y, x; y, x
-        index = index.flatten(2).flatten(0, 1)  # [N, N] with N = s*s
-        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("index", index.flatten(2).flatten(0, 1), persistent=False)  # [N, N]
 
     def forward(self, x):
-        biases = self.attention_biases[:, self.index]  # [heads, N, N]
-        shares = x.chunk(len(self.qkvs), dim=1)
-        found, outputs = 0, []
+        biases = self.attention_biases[:, self.index]  # [heads, N, N] with N = s*s
+        shares, found, outputs = x.chunk(len(self.qkvs), dim=1), 0, []
         for share, bias, qkv, dw in zip(shares, biases, self.qkvs, self.dws, strict=True):
             q, k, v = qkv(share + found).split(self.widths, dim=1)  # Eq. 3
             q, k, v = dw(q).flatten(2), k.flatten(2), v.flatten(2)  # [B, ., N]

@@ -1,8 +1,7 @@
 """The networks of the query side, which turn pixels [B, 3, S, S] into F^LE [B, C, H, W] (Table 1).
 
 Each has out_channels C, image_size S and normalization (mean, std; RGB in 0..1); all but BLIP's
-take pixels of other sizes as well. EfficientNet and MobileNetV2 are torchvision's; EfficientViT and
-MobileViTV2, which it lacks, are written out in files of their own.
+take pixels of other sizes as well. EfficientNet and MobileNetV2 are torchvision's.
 """
 
 import copy
@@ -24,8 +23,8 @@ from .weights import IMAGENET_STATISTICS, imagenet_weights, load_weights, read_w
 class PocketNet(nn.Module):
     """For the pocket world: pixels [B, 3, 64, 64] -> F^LE [B, 96, 8, 8], 0.28 M parameters.
 
-    Full convolutions: the phone networks' depthwise ones save products but, on a CPU in PyTorch,
-    take nearly twice as long. BLIP's normalization, so that both sides share one preprocessing.
+    Full convolutions: on a CPU in PyTorch depthwise ones take nearly twice as long. BLIP's
+    normalization, so that both sides share one preprocessing.
     """
 
     out_channels, normalization = 96, (MEAN, STD)
@@ -44,17 +43,16 @@ class PocketNet(nn.Module):
         return F.gelu(x + self.block2(x))
 
 
-def conv_bn(in_channels, out_channels, kernel_size, stride=1):
+def conv_bn(*shape, **options):
     """conv_norm, its layers numbered in the state dict."""
-    return nn.Sequential(*conv_norm(in_channels, out_channels, kernel_size, stride))
+    return nn.Sequential(*conv_norm(*shape, **options))
 
 
 class BlipEncoder(nn.Module):
     """The paper's "Sym": BLIP's own visual encoder, frozen. -> patch tokens [B, D, h, w].
 
-    A tuple hides it from PyTorch, so that parameters(), state_dict(), train() and to() of a query
-    model skip it: it is neither trained nor saved twice, and stays in eval mode on BLIP's device.
-    Whoever counts parameters (Table 1) has to add it.
+    A tuple hides it from PyTorch: parameters(), state_dict(), train() and to() of a query model
+    skip it, so it is neither trained nor saved, and stays in eval mode on BLIP's device.
     """
 
     def __init__(self, blip):
@@ -69,10 +67,7 @@ class BlipEncoder(nn.Module):
 
 
 class TunedBlipEncoder(nn.Module):
-    """A copy of BLIP's visual encoder to be trained, the query side of "BLIP VE†" (Table 7).
-
-    -> patch tokens [B, D, h, w]. The gallery keeps the frozen original.
-    """
+    """A trained copy of BLIP's visual encoder, "BLIP VE†" (Table 7). -> [B, D, h, w]."""
 
     def __init__(self, blip):
         super().__init__()
@@ -85,7 +80,7 @@ class TunedBlipEncoder(nn.Module):
 
 
 class BlipFeature(nn.Module):
-    """The frozen BLIP's v as a map of one pixel [B, E, 1, 1], for Pic2Word and SEARLE."""
+    """The frozen BLIP's v as a map [B, E, 1, 1], for Pic2Word and SEARLE."""
 
     def __init__(self, blip):
         super().__init__()
@@ -99,18 +94,17 @@ class BlipFeature(nn.Module):
 
 
 def as_map(tokens):
-    """BLIP's image tokens [B, 1+h*w, D] -> [B, D, h, w], without CLS, which has no place on it."""
+    """BLIP's image tokens [B, 1+h*w, D] -> a map [B, D, h, w], without CLS."""
     patches = tokens[:, 1:].transpose(1, 2)  # [B, D, h*w]
     return patches.unflatten(2, (math.isqrt(patches.shape[2]), -1))
 
 
 TORCHVISION = ("efficientnet_b0", "efficientnet_b2", "mobilenet_v2")
-OURS = {  # name -> class, and what to give for its weights, of which torchvision has none
-    "efficientvit_m2": (EfficientViT, "the path of timm's efficientvit_m2 or of the authors' file "
-                        "(Microsoft's Cream repository)"),
-    "mobilevitv2_100": (MobileViTV2, "the path of timm's mobilevitv2_100 or of the authors' file "
-                        "(Apple's ml-cvnets repository)"),
-    "pocketnet": (PocketNet, "the path of a state dict"),
+FILE = "timm's {} or of the authors' file ({} repository)"
+OURS = {  # name -> class, and which file holds its weights: torchvision has none
+    "efficientvit_m2": (EfficientViT, FILE.format("efficientvit_m2", "Microsoft's Cream")),
+    "mobilevitv2_100": (MobileViTV2, FILE.format("mobilevitv2_100", "Apple's ml-cvnets")),
+    "pocketnet": (PocketNet, "a state dict"),
 }
 BLIPS = {"blip": BlipEncoder, "blip-tuned": TunedBlipEncoder, "blip-v": BlipFeature}
 NAMES = (*TORCHVISION, *OURS, *BLIPS)
@@ -123,10 +117,9 @@ def build(name, pretrained=None, blip=None, image_size=None):
         use), or the path of a state dict, with or without the classifier's last layers, as written
         by torchvision, by timm or by the authors of EfficientViT and MobileViTV2.
     blip: the loaded BLIP whose visual encoder "blip", "blip-tuned" and "blip-v" use.
-    image_size: S in pixels; by default the network's own. BLIP's encoders have their BLIP's.
+    image_size: S in pixels; by default the network's own.
 
-    Raises ValueError for an unknown name, for one of BLIP's without blip, for an impossible
-    image_size, and for weights that cannot be read or do not fit.
+    Raises ValueError for an impossible choice, and for weights that are damaged or do not fit.
     """
     if name not in NAMES:
         raise ValueError(f'there is no light encoder "{name}"; choose from {", ".join(NAMES)}')
@@ -136,8 +129,7 @@ def build(name, pretrained=None, blip=None, image_size=None):
                          f"32 or more and at most {MOST_PIXELS}")
     if name in BLIPS:
         if blip is None or pretrained is not None:
-            raise ValueError(f'the encoder "{name}" is that of a loaded BLIP: give blip=, and no '
-                             "pretrained=")
+            raise ValueError(f'"{name}" is part of a loaded BLIP: give blip=, and no pretrained=')
         if image_size not in (None, blip.image_size):
             raise ValueError(f'image_size {image_size} is not possible for "{name}": '
                              f"the loaded BLIP sees {blip.image_size} px")
@@ -145,15 +137,15 @@ def build(name, pretrained=None, blip=None, image_size=None):
     if name in OURS:
         network, source = OURS[name]
         if pretrained == "imagenet":
-            raise ValueError(f"{name} has no ImageNet weights in torchvision; give {source}, or no "
-                             "pretrained")
+            raise ValueError(f"{name} has no ImageNet weights in torchvision; give the path of "
+                             f"{source}, or no pretrained")
         encoder = network(image_size) if image_size else network()
     else:
         from torchvision import models  # here: its import takes a second, and PocketNet needs none
 
         encoder = models.get_model(name).features.to(memory_format=torch.channels_last)
         encoder.out_channels = encoder[-1].out_channels
-        # For B2 too, whose weights saw 288 px: one size for all, that of the paper's BLIP
+        # One size for all, that of the paper's BLIP; B2's weights saw 288 px
         encoder.image_size, encoder.normalization = image_size or 224, IMAGENET_STATISTICS
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d) and module.groups > 1 and (

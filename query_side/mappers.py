@@ -12,10 +12,10 @@ from .encoders import TunedBlipEncoder, as_map
 
 
 class MLP(nn.Module):
-    """Pic2Word's mapping network (its section 3): a feature map's mean -> one word [B, 1, d_w].
+    """Pic2Word's mapping network (its section 3): a feature map's mean -> U [B, 1, d_w].
 
-    Three linear layers, 512 hidden units, ReLU, dropout 0.1. On a light encoder it is "MLP (single
-    token)" of Tables 5, 11 and 18-20, on the encoder "blip-v" Pic2Word itself.
+    On a light encoder it is "MLP (single token)" of Tables 5, 11 and 18-20, on the encoder "blip-v"
+    Pic2Word itself.
     """
 
     def __init__(self, in_channels, word_dim, hidden=512, dropout=0.1, activation=nn.ReLU):
@@ -27,7 +27,6 @@ class MLP(nn.Module):
         )
 
     def forward(self, feature_map):
-        """feature_map [B, C, H, W] -> U [B, 1, d_w]."""
         return self.layers(feature_map.mean(dim=(2, 3)))[:, None]
 
 
@@ -39,10 +38,9 @@ class Phi(MLP):
 
 
 class TwoSidedModel(isa.QueryModel):
-    """One encoder, trained for both sides: it gives U to queries, v and F^v to the gallery.
+    """One encoder for both sides (Tables 7, 13): it gives U to queries, v and F^v to the gallery.
 
-    Tables 7 and 13. A light encoder's map goes through linear layers in place of BLIP's v and F^v;
-    a TunedBlipEncoder has its own. The text side stays the frozen BLIP's.
+    Linear layers make v and F^v of a light encoder's map. The text side stays the frozen BLIP's.
     """
 
     def __init__(self, encoder, mapper, blip):
@@ -53,16 +51,13 @@ class TwoSidedModel(isa.QueryModel):
             self.to_tokens = nn.Identity()
 
     def forward(self, pixels):
-        """pixels [B, 3, S, S] -> U [B, L, d_w], v [B, E] of unit norm, F_v [B, 1+N, D].
-
-        The first row of a light encoder's F_v is the mean of the others.
-        """
+        """pixels [B, 3, S, S] -> U [B, L, d_w], v [B, E] of unit norm, F_v [B, 1+N, D]."""
         if isinstance(self.encoder, TunedBlipEncoder):
             F_v = self.encoder.visual_encoder(pixels)  # [B, 1+N, D]
             feature_map = as_map(F_v)
         else:
             feature_map = self.encoder(pixels)  # [B, C, H, W]
             tokens = self.to_tokens(feature_map.flatten(2).transpose(1, 2))  # [B, N, D]
-            F_v = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+            F_v = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)  # the mean for CLS
         v = F.normalize(self.vision_proj(F_v[:, 0]).float(), dim=-1)
         return self.mapper(feature_map), v, F_v

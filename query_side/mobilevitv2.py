@@ -31,7 +31,7 @@ class MobileViTV2(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block: a depthwise convolution at twice the width; residual if shapes allow."""
+    """MobileNetV2's block: a depthwise convolution at twice the width, residual if it can be."""
 
     def __init__(self, width, out_width, stride=1):
         super().__init__()
@@ -62,7 +62,7 @@ class MobileViTBlock(nn.Module):
         self.conv_proj = conv_norm(width // 2, width)
 
     def forward(self, x):
-        H, W = x.shape[2] + x.shape[2] % 2, x.shape[3] + x.shape[3] % 2
+        H, W = (side + side % 2 for side in x.shape[2:])
         if x.shape[2:] != (H, W):
             x = F.interpolate(x, (H, W), mode="bilinear", align_corners=True)
         x = self.conv_1x1(self.conv_kxk(x))  # [B, d, H, W] with d = C/2
@@ -73,7 +73,7 @@ class MobileViTBlock(nn.Module):
 
 
 class LinearTransformerLayer(nn.Module):
-    """Attention and feed-forward, both pre-norm and residual. [B, d, P, N] -> the same."""
+    """Attention and feed-forward, pre-norm and residual. [B, d, P, N] -> the same."""
 
     def __init__(self, width):
         super().__init__()

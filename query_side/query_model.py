@@ -1,9 +1,7 @@
-"""The query side as a whole: built from settings, saved and resumed by train.py, loaded by everyone
-else.
+"""The query side as a whole: built from settings, saved, resumed and loaded.
 
 A checkpoint is a dict: query_model (state dict), settings (train.py's options), blip (the
-fingerprint of the BLIP whose words it speaks), images, step; runs/NAME/last.pt also holds the
-optimizer.
+fingerprint of its BLIP), images, step; runs/NAME/last.pt also holds the optimizer.
 """
 
 import torch
@@ -15,11 +13,11 @@ from plumbing.files import replacing
 from .encoders import build
 from .mappers import MLP, Phi, TwoSidedModel
 
-LEARNERS = {  # --mapper -> the parts of isa.AdaptiveTokenLearner that it has (Tables 18-20)
-    "atl": dict(self_attention=True, cross_attention=True),
+LEARNERS = {  # --mapper -> what isa.AdaptiveTokenLearner does without (Tables 18-20)
+    "atl": {},
     "st": dict(self_attention=False, cross_attention=False),
-    "atl-no-ca": dict(self_attention=True, cross_attention=False),
-    "atl-no-sa": dict(self_attention=False, cross_attention=True),
+    "atl-no-ca": dict(cross_attention=False),
+    "atl-no-sa": dict(self_attention=False),
 }
 ONE_WORD = {"mlp": MLP, "phi": Phi}
 MAPPERS = (*LEARNERS, "mlp")  # that train.py offers; SEARLE's phi has a training of its own
@@ -32,7 +30,7 @@ OTHER_VERSION = ("was written by another version of this program; train again, w
 
 
 def build_query_model(settings, blip, pretrained=None):
-    """The light encoder and the mapper that a dict of train.py's options names, on the CPU."""
+    """The encoder and the mapper that a dict of train.py's options names, on the CPU."""
     encoder = build(settings["encoder"], pretrained, blip, settings["query_size"])
     name, sizes = settings["mapper"], (encoder.out_channels, blip.word_dim)
     if name in LEARNERS:
@@ -67,7 +65,7 @@ def read_checkpoint(path):
 def load_query_model(path, blip):
     """isa.pt -> the QueryModel, in eval mode, on BLIP's device, and its settings.
 
-    Raises ValueError for a file that is no such checkpoint or was trained against another BLIP.
+    Raises ValueError for a damaged file and for one trained against another BLIP.
     """
     checkpoint = read_checkpoint(path)
     if checkpoint["blip"] != blip.fingerprint:
@@ -83,8 +81,7 @@ def load_query_model(path, blip):
 
 
 def load_state(model, state, path):
-    """Load a state dict of the checkpoint `path` into a model or an optimizer; ValueError if it
-    does not fit."""
+    """Load a state dict of the checkpoint `path` into a model or an optimizer, or ValueError."""
     try:
         model.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError):
@@ -94,7 +91,7 @@ def load_state(model, state, path):
 def save_run(run, step, settings, blip, images, query_model, optimizer):
     """Write last.pt and isa.pt into the folder `run`; images: how many it trains on.
 
-    Raises ValueError for weights that are not finite; the older files then stay.
+    Raises ValueError for weights that are not finite, and keeps the older files.
     """
     weights = query_model.state_dict()
     if not all(x.isfinite().all() for x in weights.values()):
@@ -111,24 +108,23 @@ def save_run(run, step, settings, blip, images, query_model, optimizer):
 def resume_run(run, settings, blip, images, query_model, optimizer):
     """Load last.pt of the folder `run` into the model and the optimizer -> the next step.
 
-    Raises ValueError if the settings (but for MAY_CHANGE), the BLIP or the number of images differ.
+    Raises ValueError if other settings than MAY_CHANGE, the BLIP or the number of images differ.
     """
     path = run / "last.pt"
     checkpoint = read_checkpoint(path)
     was, fixed = checkpoint["settings"], sorted(settings.keys() - MAY_CHANGE)
     if not {"optimizer", "images", "step"} <= checkpoint.keys() or set(fixed) - was.keys():
         raise ValueError(f"{path}: {OTHER_VERSION}")
-    for name in fixed:
-        if was[name] != settings[name]:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{path} was trained with {option} {was[name]}, not {settings[name]}; "
-                             "resume with the same settings, or give another --name")
-    if checkpoint["blip"] != blip.fingerprint:
-        raise ValueError(f"{path} was trained against BLIP {checkpoint['blip']}, not "
-                         f"{blip.fingerprint}; give the same --blip")
-    if checkpoint["images"] != images:
-        raise ValueError(f"{path} was trained on {checkpoint['images']} images, not {images}; "
-                         "give the same --images")
+    same = "resume with the same settings, or give another --name"
+    facts = [(was[name], settings[name], f"with --{name.replace('_', '-')} {{}}, not {{}}; {same}")
+             for name in fixed]
+    facts += [
+        (checkpoint["blip"], blip.fingerprint, "against BLIP {}, not {}; give the same --blip"),
+        (checkpoint["images"], images, "on {} images, not {}; give the same --images"),
+    ]
+    for before, now, how in facts:
+        if before != now:
+            raise ValueError(f"{path} was trained {how.format(before, now)}")
     load_state(query_model, checkpoint["query_model"], path)
     load_state(optimizer, checkpoint["optimizer"], path)
     return checkpoint["step"]

@@ -15,10 +15,7 @@ OF_THE_AUTHORS = ("blocks1.", "layer_1.")  # EfficientViT's and MobileViTV2's ow
 
 
 def imagenet_weights(name):
-    """The state dict of torchvision's classifier `name`, downloaded once into torch.hub's cache.
-
-    Raises ValueError if the download fails.
-    """
+    """The state dict of torchvision's classifier `name`, downloaded once. Raises ValueError."""
     from torchvision.models import get_model_weights
 
     weights = get_model_weights(name).IMAGENET1K_V1
@@ -30,7 +27,7 @@ def imagenet_weights(name):
 
 
 def read_weights(path):
-    """A state dict that torch.save wrote; only tensors are unpickled. Raises ValueError."""
+    """A file's state dict; only tensors are unpickled. Raises ValueError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -49,8 +46,8 @@ def read_weights(path):
 def load_weights(encoder, state, source):
     """Copy a classifier's state dict into the encoder, which has no classifier.
 
-    torchvision's "features." before a name is optional. Raises ValueError, which names `source` and
-    lists what is missing, unexpected or mis-shaped, and for NaN and infinity.
+    Raises ValueError that names `source` and lists what is missing, unexpected or mis-shaped, and
+    for NaN and infinity.
     """
     state = {name.removeprefix("features."): x for name, x in state.items()
              if not name.startswith(LEFT_OUT) and not name.endswith(CONSTANTS)}
@@ -75,7 +72,7 @@ def load_weights(encoder, state, source):
 
 
 def resize_biases(biases, like):
-    """EfficientViT's biases [heads, r*r] for windows of side s, the shape of `like`, as in timm."""
+    """EfficientViT's biases [heads, r*r] in the shape of `like`, [heads, s*s], as in timm."""
     r, s = math.isqrt(biases.numel() // len(like)), math.isqrt(like.shape[1])
     if r in (0, s) or biases.shape != (len(like), r * r):  # nothing to do, or a misfit to report
         return biases
