@@ -7,21 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 CATEGORIES = ("dress", "shirt", "toptee")  # FashionIQ is three benchmarks, each with its gallery
-TREES = {
-    "cirr": """\
-captions/cap.rc2.{train,val,test1}.json
-image_splits/split.rc2.{train,val,test1}.json     name -> "./dev/NAME.png"
-img_raw/{train,dev,test1}/                        NLVR2's images; train has numbered sub-folders
-(or, as in SEARLE: cirr/captions/, cirr/image_splits/, and train/, dev/, test1/ beside cirr/)""",
-    "fashioniq": """\
-captions/cap.{dress,shirt,toptee}.{train,val,test}.json
-image_splits/split.{dress,shirt,toptee}.{train,val,test}.json
-images/                                           NAME.png or NAME.jpg""",
-    "circo": """\
-annotations/{val,test}.json
-COCO2017_unlabeled/annotations/image_info_unlabeled2017.json
-COCO2017_unlabeled/unlabeled2017/                 000000243611.jpg: COCO ids in 12 digits""",
-}
+NAMES = ("cirr", "fashioniq", "circo")
 OPTIONAL = {"target_hard": str, "target": str, "gt_img_ids": list, "semantic_aspects": list[str],
             "modifier_type": str}  # fields of some captions only: test splits have no targets
 
@@ -66,9 +52,9 @@ def load(name, root, split="val", category=None):
 
 def annotation_files(name, root, split, category=None):
     """The files that `load` requires: [captions, list of images], for CIRCO the first only."""
-    if name not in TREES or category not in (CATEGORIES if name == "fashioniq" else (None,)):
+    if name not in NAMES or category not in (CATEGORIES if name == "fashioniq" else (None,)):
         raise ValueError(f"no benchmark {name!r} with category {category!r}: choose "
-                         f"{', '.join(TREES)}; fashioniq with one of {', '.join(CATEGORIES)}")
+                         f"{', '.join(NAMES)}; fashioniq with one of {', '.join(CATEGORIES)}")
     root, stem = Path(root), f"{category or 'rc2'}.{plain_name(split, 'split')}.json"
     if name == "circo":
         return [root / "annotations" / f"{split}.json"]

@@ -155,7 +155,7 @@ def test_check_benchmark(tmp_path, capsys):
     rows = [f"fashioniq {c} val: 3 queries, gallery of 4, 4 of 4 images found"
             for c in benchmarks.CATEGORIES]
     tree, found = capsys.readouterr().out.rsplit("\n\n", 1)
-    assert tree == f"expected below {root}:\n\n{benchmarks.TREES['fashioniq']}"
+    assert tree.startswith(f"expected below {root}:\n\n") and tree.endswith("NAME.png or NAME.jpg")
     assert found.splitlines() == rows
     image, captions = root / "images" / "dress2.png", root / "captions" / "cap.toptee.val.json"
     image.write_bytes(b"")
