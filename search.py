@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +64,7 @@ def index(blip, paths, root, precision, cache, workers=1):
 @torch.no_grad()
 def encode(blip, paths, precision, workers):
     """Yields (row numbers, their v [M, E] as an array); names on stderr what cannot be read."""
-    preprocess = partial(blip_lite.to_pixels, image_size=blip.image_size, mean=blip_lite.MEAN,
-                         std=blip_lite.STD)  # blip.preprocess without blip: workers need no weights
-    batches = load_images(list_images(paths), preprocess, 64, workers)  # a kill loses 64 at most
+    batches = load_images(list_images(paths), blip.preprocess, 64, workers)  # a kill loses 64
     for rows, pixels, bad in tqdm(batches, "indexing photos", unit="batch", disable=None):
         for why in bad.values():
             tqdm.write(f"left out: {why}", file=sys.stderr)

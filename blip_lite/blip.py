@@ -4,6 +4,8 @@ B images or texts, E width of the joint space (256), D image width, d_w word wid
 `load` returns it frozen; pocket/pretrain.py trains the same class from scratch.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,6 +25,8 @@ class Blip(nn.Module):
         super().__init__()
         s, D, d_w, E = sizes, sizes["image_width"], sizes["word_dim"], sizes["embed_dim"]
         self.image_size, self.word_dim, self.embed_dim = s["image_size"], d_w, E
+        # PIL image of any mode and size -> [3, S, S]. A partial, which workers get without weights
+        self.preprocess = partial(to_pixels, image_size=s["image_size"], mean=MEAN, std=STD)
         self.tokenizer = tokenizer
         self.fingerprint = ""  # set by checkpoint.load: which weights, at which image size
         self.visual_encoder = VisionTransformer(
@@ -40,10 +44,6 @@ class Blip(nn.Module):
     def temperature(self):
         """tau of the contrastive loss, a float: BLIP's own, learnt in its pre-training."""
         return self.temp.item()
-
-    def preprocess(self, pil):
-        """A PIL image of any mode and size -> float32 [3, S, S]; see preprocess.to_pixels."""
-        return to_pixels(pil, self.image_size, MEAN, STD)
 
     def encode_image(self, pixels, cls_only=False):
         """pixels [B, 3, S, S] -> v [B, E] unit norm, F_v [B, 1+N, D]: final LayerNorm, CLS first.
