@@ -15,8 +15,8 @@ class NeutralRandAugment(transforms.RandAugment):
 def augmentation(size, crop, flip, randaugment):
     """-> a function from PIL image to PIL image that draws from torch's global generator.
 
-    size: side of the crop in pixels. crop: the least share of the area it keeps (1: no cropping).
-    randaugment: magnitude of two operations, 0 .. 30 (0: none).
+    size: of a crop, in pixels. crop: the least area it keeps; 1: no cropping. randaugment: strength
+    of two operations, 0 .. 30; 0: none.
     """
     T, bicubic = transforms, transforms.InterpolationMode.BICUBIC
     steps = [T.RandomResizedCrop(size, (crop, 1), interpolation=bicubic)] if crop < 1 else []

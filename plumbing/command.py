@@ -15,9 +15,9 @@ KNOWN = {  # part of a RuntimeError of PyTorch's -> what it means for the user
 def run_command(name, main, args, interrupted="interrupted"):
     """Run main(args), then exit. Every script and module ends here.
 
-    Exit status: 0; 1 and one line on stderr for ValueError, OSError and KNOWN; 130 or 143 after
-    Ctrl-C or SIGTERM, whether main is interrupted or returns the signal's number.
-    interrupted: what the line then says, or a function of args that returns it.
+    Status: 0; 1 and one line on stderr for ValueError, OSError and KNOWN; 130 or 143 after Ctrl-C
+    or SIGTERM, whether main is interrupted or returns the signal's number. interrupted: what the
+    line then says, or a function of args.
     """
 
     def interrupt(number, _):

@@ -31,7 +31,7 @@ CHECKPOINTS = {
 
 
 def download(url, path, sha256=None):
-    """Fetch `url` to `path`, whole or not at all; ValueError if that fails."""
+    """Fetch `url` to `path`; ValueError unless all of it comes."""
     part = path.with_name(f".{path.name}")
     try:
         with urlopen(url) as response:  # PyTorch checks none of this
@@ -75,5 +75,5 @@ if __name__ == "__main__":
     p.add_argument("name", choices=[*CHECKPOINTS, "vocab.txt"], metavar="NAME",
                    help="a checkpoint below, or vocab.txt alone")
     p.add_argument("--to", type=Path, default=".", metavar="DIR", help="folder (default: this one)")
-    p.add_argument("--base-url", metavar="URL", help="a mirror with URL/NAME and URL/vocab.txt")
+    p.add_argument("--base-url", metavar="URL", help="a mirror that has URL/NAME, URL/vocab.txt")
     run_command("plumbing.download", main, p.parse_args())

@@ -22,8 +22,8 @@ from plumbing.images import DELETE, Rows, load_images
 from plumbing.precision import autocast
 from plumbing.processes import from_the_first, process, wait_for_all
 
-KEPT_EVERY = 10  # batches between two notes of progress: what a kill loses at most
-NOTES = "rows-*.json"  # a draft's notes: {"next": first row not stored, "bad": {row: reason}}
+KEPT_EVERY = 10  # batches between two notes: what a kill loses at most
+NOTES = "rows-*.json"  # of a draft: {"next": first row not stored, "bad": {row: reason}}
 
 
 class Features:
@@ -82,11 +82,12 @@ def _fill(draft, rows, blip, images, skip_bad, precision, batch_size, workers, w
         left = size - sum(512 * getattr(path.stat(), "st_blocks", 0) for path in draft.iterdir())
         free = shutil.disk_usage(draft).free
         resumed, folder = any(draft.glob(NOTES)), draft.with_suffix("")
-        stored = f"{'the rest of ' * resumed}{' and '.join(rows).replace('_', '^')} of {count} {what}"
+        names = " and ".join(rows).replace("_", "^")
+        which = f"{'the rest of ' * resumed}{names} of {count} {what}"
         if left > 0.95 * free:
-            raise ValueError(f"{stored} take {left / 1e9:.1f} GB, but {draft.parent} has "
+            raise ValueError(f"{which} take {left / 1e9:.1f} GB, but {draft.parent} has "
                              f"{free / 1e9:.1f} GB free; choose another --cache-dir or store less")
-        print(f"storing {stored}: {size / 1e9:.2f} GB in {folder}", flush=True)
+        print(f"storing {which}: {size / 1e9:.2f} GB in {folder}", flush=True)
         with explained(draft):
             for name, (kind, shape) in rows.items() if not resumed else ():
                 np.lib.format.open_memmap(draft / f"{name}.npy", "w+", kind, (count, *shape))
@@ -145,7 +146,7 @@ def _write(rows, index, values):
 
 
 def _progress(draft, share):
-    """-> the note on a share of the rows, the first row not yet stored, {row: why it is bad}."""
+    """-> the note on a share of the rows, the first row not stored, {row: why it is bad}."""
     note = draft / f"rows-{share.start}-{share.stop}.json"
     kept = json.loads(note.read_text()) if note.exists() else {"next": share.start, "bad": {}}
     return note, kept["next"], _bad(kept)

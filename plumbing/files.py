@@ -26,8 +26,8 @@ def explained(path):
             raise cause from None
         if not isinstance(cause, OSError):
             raise
-        raise ValueError(f"{path}: cannot be written ({cause.strerror or cause}); what was saved is "
-                         "intact: make room or choose another place, then run again") from None
+        raise ValueError(f"{path}: cannot be written ({cause.strerror or cause}); what was saved "
+                         "before is intact: make room or choose another place, and run again") from None
 
 
 @contextmanager
@@ -98,8 +98,8 @@ def locked(folder):
 def drafted(folder, notes=None):
     """A locked draft of `folder`, which takes that name when the block ends.
 
-    None if another process completed the folder while this one waited. If the block fails, a draft
-    without files that match `notes`, which say how to resume it, is removed.
+    None if meanwhile another process has filled it. If the block fails the draft is removed, unless
+    files that match `notes` say how to resume it.
     """
     draft = folder.with_name(f"{folder.name}.tmp")
     with locked(draft):

@@ -1,4 +1,4 @@
-"""Images by number: files in folders, or members of tar shards as img2dataset writes them."""
+"""Images by number: files in folders, or members of tar shards, as img2dataset writes them."""
 
 import hashlib
 import io
@@ -25,9 +25,9 @@ SKIP = "fix or remove them, or let train.py skip them with --skip-bad-images"
 
 
 def open_image(name, file=None):
-    """A path, or a name and a BytesIO -> a decoded PIL image: of an animation, the first frame.
+    """A path, or a name and a BytesIO -> a decoded PIL image, of an animation the first frame.
 
-    ValueError if it is unreadable or larger than PIL's limit of 179 million pixels.
+    ValueError if it is damaged, or beyond PIL's limit of 179 million pixels.
     """
     try:
         image = Image.open(file or name)
@@ -91,7 +91,6 @@ class ImageList:
             return os.fsdecode(file.read(end - begin)), *place
 
     def name(self, i):
-        """The path of image i; for a member of a shard, SHARD/NAME."""
         return self._find(i)[0]
 
     def open(self, i):
@@ -108,13 +107,12 @@ class ImageList:
 
 
 def list_images(paths):
-    """A list of paths -> ImageList."""
     key = hashlib.sha256(b"".join(map(identity, paths))).hexdigest()
     return ImageList([os.fspath(path) for path in paths], key)
 
 
 def find_images(folder, cache):
-    """Every image below `folder`, members of .tar files included, in a fixed order -> ImageList.
+    """Every image below `folder`, also in .tar files, in a fixed order -> ImageList.
 
     The list is kept below `cache` until a file changes. ValueError for fewer than two images.
     """
@@ -159,7 +157,7 @@ def walk(folder, all_files=False):
 
 
 def identity(path):
-    """Bytes that identify a file and its state, by path, size and time of change."""
+    """Bytes that differ where path, size or time of change do."""
     try:
         stat = os.stat(path)
         return os.fsencode(path) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode()
@@ -201,7 +199,7 @@ def _members(shard):
 
 
 def load_images(images, preprocess, batch_size, workers, rows=None, pin_memory=False):
-    """Read rows of an ImageList, by default all, in worker processes -> batches, in order.
+    """Yield batches of rows of an ImageList, by default all, read by worker processes.
 
     A batch: M row numbers, pixels [M, 3, S, S] (None if M = 0), {row: why it is damaged}.
     """
@@ -221,7 +219,7 @@ def _read(images, preprocess, rows):
 
 
 def check_images(folder, cache_dir):
-    """Print what train.py would find in a folder; ValueError if over 1 % is damaged."""
+    """Print what train.py would find in a folder; ValueError for over 1 % damaged."""
     print(f"expected below {folder}:\n\nNAME.jpg or {', '.join(SUFFIXES[1:])}, in any sub-folders\n"
           f"{'00000.tar':50}shards of such images, uncompressed, as img2dataset writes them\n")
     counts, empty = {"images and shards": Counter(), "passed over": Counter()}, []

@@ -55,5 +55,5 @@ def check_lengths(blip, prompt, tokens, texts):
     for what, text in texts:
         excess = len(blip.tokenizer.tokenize(text)) - room
         if excess > 0:
-            found = f"makes a sentence of {places + excess} tokens"
-            raise ValueError(f"{what}: {found}, longer than BLIP's {places} positions; shorten it")
+            raise ValueError(f"{what}: makes a sentence of {places + excess} tokens, longer than "
+                             f"BLIP's {places} positions; shorten it")

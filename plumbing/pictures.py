@@ -14,12 +14,12 @@ from plumbing.files import check_output, replacing
 from plumbing.images import SUFFIXES, open_image
 
 GREEN, RED = (30, 160, 60), (215, 20, 20)  # frames of targets; what a token looks at
-GREY, PAPER = (110, 110, 110), (244, 244, 244)  # small print; behind a photo that is not square
+GREY, PAPER = (110, 110, 110), (244, 244, 244)  # small print; around a photo that is not square
 TILE, SIDE, PHOTO, MARGIN = 72, 220, 150, 16  # pixels of a contact sheet: map, query, result, gap
+ACROSS = 5  # results a line
 
 
 def check_picture(path):
-    """ValueError where `save_picture` could not write this file."""
     if Path(path).suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: names no picture format; give a name that ends in .png or .jpg")
     check_output(path)
@@ -43,10 +43,8 @@ def overlay(image, weights):
 
 def word_rows(blip):
     """BLIP's words, without letters, pieces and special tokens -> V strings, rows [V, d_w]."""
-    vocab = blip.tokenizer.vocab
-    kept = [(word, i) for word, i in vocab.items() if word.isalpha() and len(word) > 1]
-    rows = blip.text_encoder.embeddings.word_embeddings.weight[[i for _, i in kept]]
-    return [word for word, _ in kept], rows
+    kept = {word: i for word, i in blip.tokenizer.vocab.items() if word.isalpha() and len(word) > 1}
+    return list(kept), blip.text_encoder.embeddings.word_embeddings.weight[list(kept.values())]
 
 
 @torch.no_grad()
@@ -92,7 +90,7 @@ def draw_picture(benchmark, rankings, count=6, top=5, side=96):
         query, y = queries[i], 8 + line * (side + 8)
         put(query.reference, 8, y)
         text = textwrap.fill(f"that {query.captions[0]}", 34)
-        pen.multiline_text((side + 8, y + 24), text, fill="black", font_size=15)
+        pen.text((side + 8, y + 24), text, "black", font_size=15)
         for place, name in enumerate(rankings[query.id][:top]):
             x = side * (4 + place) + 4
             if name in query.targets:
@@ -114,7 +112,7 @@ def contact_sheet(query, text, words, maps, found, scores):
     lines = textwrap.wrap(f"that {text}", 24) if text.strip() else ["(no text)"]
     top = max(SIDE, 20 * len(lines)) + 2 * MARGIN
     bottom = top + -(-len(words) // per_line) * block
-    across, cell = min(5, len(found)), PHOTO + 44
+    across, cell = min(ACROSS, len(found)), PHOTO + 44
     bottom = max(bottom, MARGIN + -(-len(found) // across) * cell)
     sheet = Image.new("RGB", (left + MARGIN + across * (PHOTO + MARGIN), bottom), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)

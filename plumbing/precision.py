@@ -1,8 +1,7 @@
-"""In which precision BLIP and the query side run, and how BLIP is opened for a command."""
+"""In which precision networks run, and how a command opens BLIP."""
 
 import ctypes
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ import blip_lite
 
 
 def cpu_flags():
-    """What the processor can do, as Linux lists it ("avx2", "amx_bf16", ...); empty elsewhere."""
+    """What the processor can do, as Linux lists it: "avx2", "amx_bf16", ..."""
     info = Path("/proc/cpuinfo")
     return set(info.read_text().split()) if info.exists() else set()
 
@@ -25,16 +24,13 @@ def pick_precision(device):
 
 def autocast(device, precision):
     """The context in which networks run."""
-    if precision == "bf16":
-        return torch.autocast(torch.device(device).type, torch.bfloat16)
-    return nullcontext()
+    return torch.autocast(torch.device(device).type, torch.bfloat16, precision == "bf16")
 
 
 def open_blip(settings, round_weights=True):
     """A command's frozen BLIP, and the precision to run it in, "bf16" or "fp32".
 
-    Reads blip, vocab, image_size, device, precision and threads. round_weights=False is for a
-    caller that first copies some of the float32 weights.
+    round_weights=False is for a caller that first copies some of the float32 weights.
     """
     keep_freed_memory()
     if settings["threads"]:

@@ -1,4 +1,4 @@
-"""Several processes under torchrun: how they meet and what they exchange; one does nothing here."""
+"""How processes under torchrun meet and what they exchange; a single one does nothing here."""
 
 import os
 import warnings
@@ -27,10 +27,10 @@ def from_the_first(value):
 
 
 def gather(x):
-    """[b, E] of this process -> [B, E] of all, in the order of their ranks.
+    """[b, E] of this process -> [B, E] of all, in the order of ranks.
 
-    Gradients flow through this process's rows only, and DDP averages them: the caller multiplies
-    the loss by the number of processes.
+    Gradients flow through its own rows only, and DDP averages them: the caller multiplies the loss
+    by the number of processes.
     """
     rank, processes = process()
     if processes == 1:
@@ -63,7 +63,7 @@ def join_processes(device):
             raise ValueError(f"more processes than GPUs here ({count}); lower --nproc_per_node")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    # DDP warns of another memory layout of 1x1 convolutions' gradients; for 1x1 they are the same
+    # DDP warns of the memory layout of 1x1 convolutions' gradients; for 1x1 all are the same
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     try:
         hours = timedelta(hours=12)  # storing features may take long

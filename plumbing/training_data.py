@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import blip_lite
 from plumbing.command import ignore_signals
@@ -20,11 +20,11 @@ from plumbing.images import SKIP, find_images
 from plumbing.precision import autocast
 from plumbing.processes import process, wait_for_all
 
-RUN = 1000  # neighbours on disk that an epoch's shuffle keeps together, up to --shuffle-buffer
+RUN = 1000  # neighbours on disk that an epoch's shuffle keeps within one buffer
 
 
 def encode_training_images(blip, images, settings, maps=False):
-    """image_features that names damaged images; ValueError for over 1 %, unless they are skipped."""
+    """image_features that names damaged images; ValueError for over 1 % unless they are skipped."""
     s = {"workers": 1, "skip_bad_images": False} | settings
     features = image_features(blip, images, s["cache_dir"], maps, skip_bad=True, what="training "
                               "images", precision=s["precision"], workers=s["workers"])
@@ -40,9 +40,8 @@ def encode_training_images(blip, images, settings, maps=False):
 class TrainingData:
     """The images of a run, and BLIP's v and F^v of each, stored or computed at every step.
 
-    settings: train.py's options. encoder: the light one. count: readable images; batch: images a
-    step over all processes; steps: of the run. Raises ValueError for too many damaged images, and
-    for fewer than two for each process.
+    settings: train.py's options. count: readable images; batch: images a step over all processes;
+    steps: of the run. ValueError for too many damaged images, and for fewer than two a process.
     """
 
     def __init__(self, settings, blip, encoder):
@@ -54,8 +53,8 @@ class TrainingData:
         if rank == 0:
             wait_for_all()  # the first process writes the list of images, the others read it
             v, F_v = (size * len(images) / 1e9 for size in bytes_per_image(blip))
-            print(f"{len(images)} images: v {v:.3g} GB, F^v {F_v:.3g} GB; "
-                  f"--cache {settings['cache']}")
+            sizes = f"v {v:.3g} GB, F^v {F_v:.3g} GB"
+            print(f"{len(images)} images: {sizes}; --cache {settings['cache']}")
         self.needs_maps, features = "lar" in settings["loss"], None
         if settings["cache"] != "none" and settings["gallery"] == "blip":
             maps = self.needs_maps and settings["cache"] == "full"
@@ -105,11 +104,8 @@ class TrainingData:
             yield pixels, *(x if x is None else x.float() for x in (v, F_v))
 
 
-class TrainingImages(Dataset):
-    """(epoch, i) -> image i as the query model sees it in that epoch: a function of the seed.
-
-    features: BLIP's, where they are stored; otherwise to_blip: PIL image -> BLIP's pixels.
-    """
+class TrainingImages:
+    """(epoch, i) -> image i as the query model sees it in that epoch, a function of the seed."""
 
     def __init__(self, images, encoder, settings, features=None, to_blip=None):
         self.images, self.features, self.to_blip = images, features, to_blip
@@ -124,7 +120,7 @@ class TrainingImages(Dataset):
     def __getitem__(self, epoch_and_row):
         """-> i, pixels [3, S, S], BLIP's pixels or None, {row: why it is damaged}.
 
-        The next image stands in for a damaged one; after a hundred of them i is None.
+        The next image stands in for a damaged one; after a hundred i is None.
         """
         epoch, row = epoch_and_row
         damaged = {}
@@ -141,7 +137,7 @@ class TrainingImages(Dataset):
                     seen = self.augment(image)
             pixels = blip_lite.to_pixels(seen, self.size, *self.normalization)
             return i, pixels, self.to_blip(image) if self.to_blip else None, damaged
-        return None, None, None, damaged  # an error in a worker reaches the user as a traceback
+        return None, None, None, damaged  # an error here would end as a worker's traceback
 
     def collate(self, samples):
         """Samples -> pixels [b, 3, S, S], BLIP's pixels, v [b, E], F_v [b, 1+N, D], damaged."""
@@ -158,7 +154,7 @@ class TrainingImages(Dataset):
 def epoch_order(n, seed, epoch, buffer, start=0):
     """Yield 0 .. n-1 in the order of one epoch from place `start` on, at most `buffer` at a time.
 
-    Runs of neighbours on disk are shuffled, then every `buffer` images that follow each other.
+    Runs of neighbours on disk are shuffled, then each `buffer`.
     """
     random = np.random.default_rng((seed, epoch))
     shift, runs = random.integers(n), random.permutation(n // RUN)  # the incomplete run moves
