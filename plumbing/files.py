@@ -27,7 +27,7 @@ def explained(path):
         if not isinstance(cause, OSError):
             raise
         raise ValueError(f"{path}: cannot be written ({cause.strerror or cause}); what was saved "
-                         "before is intact: make room or choose another place, and run again") from None
+                         "before is intact: make room or choose another place") from None
 
 
 @contextmanager
