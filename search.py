@@ -4,8 +4,8 @@
     python search.py --gallery photos/ --image beach.jpg --text "at night" --json - \\
         --blip weights/model_base.pth --image-size 224 --checkpoint runs/cc3m/isa.pt
 
-The default models know only the pocket world's drawings; photographs need real ones (README).
-Features of photos are kept in --cache-dir: the next search encodes only new and changed photos.
+The default models know only the pocket world's drawings; photographs need real ones (README). The
+next search encodes only new and changed photos.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +34,8 @@ from plumbing.precision import autocast, open_blip
 def index(blip, paths, root, precision, cache, workers=1):
     """Paths of photos below the folder `root` -> those that can be read, v [N, E] of unit norm.
 
-    The index is a file of records: an id (hash of path, size and time of change) and v, float32.
-    New ones are appended, a half-written last one is cut off; those of photos that are gone are
-    dropped once they are the majority. What cannot be read is tried again in the next search.
+    The index is a file of records: an id (hash of path, size and time of change) and v, float32. A
+    half-written last one is cut off; those of lost photos are dropped once they are the majority.
     """
     key = hashlib.sha256(os.fsencode(f"{root}\0{blip.fingerprint}\0{precision}")).hexdigest()[:16]
     ids = [hashlib.sha256(identity(path)).hexdigest()[:32].encode() for path in paths]
@@ -65,9 +63,7 @@ def index(blip, paths, root, precision, cache, workers=1):
 @torch.no_grad()
 def encode(blip, paths, precision, workers):
     """Yields (row numbers, their v [M, E] as an array); names on stderr what cannot be read."""
-    preprocess = partial(blip_lite.to_pixels, image_size=blip.image_size, mean=blip_lite.MEAN,
-                         std=blip_lite.STD)  # blip.preprocess without blip: workers need no weights
-    batches = load_images(list_images(paths), preprocess, 64, workers)  # a kill loses 64 at most
+    batches = load_images(list_images(paths), blip.preprocess, 64, workers)  # a kill loses 64
     for rows, pixels, bad in tqdm(batches, "indexing photos", unit="batch", disable=None):
         for why in bad.values():
             tqdm.write(f"left out: {why}", file=sys.stderr)
@@ -80,9 +76,9 @@ def encode(blip, paths, precision, workers):
 @torch.no_grad()
 def compose(blip, model, prompt, image, text, precision):
     """A PIL image and a text -> q [1, E], U [1, L, d_w], two maps [L, H, W] as in isa, or None."""
-    device = blip.temp.device
-    with autocast(device, precision):
-        feature_map = model.encoder(query_side.preprocess(model.encoder, image)[None].to(device))
+    pixels = query_side.preprocess(model.encoder, image)[None].to(blip.temp.device)
+    with autocast(pixels.device, precision):
+        feature_map = model.encoder(pixels)
         U = model.mapper(feature_map)
         q = blip.encode_text(*isa.compose_query(blip, U, [text], prompt))
         attend = getattr(model.mapper, "attention_maps", lambda _: (None, None))
@@ -96,8 +92,8 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--gallery", required=True, help="folder of photos, searched with its sub-folders")
     add("--image", required=True, help="the query image; left out of the result")
-    add("--text", default="", help='what should be different, to follow "that": "has a red car", '
-        '"is at night"; without it, photos like the image are found')
+    add("--text", default="", help='what should be different: "(that) has a red car"; without it, '
+        "photos like the image are found")
     add("--top", type=int, default=10, help="how many photos to find")
     add("--out", help="write a contact sheet to this file (.png, .jpg)")
     add("--json", help='write the result to this file; "-" = print it, in place of the list')
@@ -130,19 +126,19 @@ def main(args):
     model, trained = query_side.load_query_model(args.checkpoint, blip)
     if trained["gallery"] == "query":
         raise ValueError(f"{args.checkpoint}: was trained for its own gallery; give another model")
-    texts = [("--text", isa.continuation(args.text))]
-    check_lengths(blip, trained["prompt"], trained["tokens"], texts)
+    prompt = trained["prompt"]
+    check_lengths(blip, prompt, trained["tokens"], [("--text", isa.continuation(args.text))])
 
-    q, U, maps = compose(blip, model, trained["prompt"], image, args.text, args.precision)
+    q, U, maps = compose(blip, model, prompt, image, args.text, args.precision)
     photos, v = index(blip, paths, root, args.precision, args.cache_dir, args.workers)
     print(f"{len(paths)} photos in {args.gallery}, {len(photos)} of them readable", file=sys.stderr)
     kept = [i for i, path in enumerate(photos) if args.keep_query or not os.path.exists(path)
             or not os.path.samefile(path, args.image)]
     if not kept:
         raise ValueError(f"{args.gallery}: no other photo can be read; give another folder")
-    best = benchmarks.top_k(q, v[kept], args.top)[0].tolist()
-    scores = (v[kept][best] @ q[0]).tolist()
-    found = [os.path.join(args.gallery, os.path.relpath(photos[kept[i]], root)) for i in best]
+    best = [kept[i] for i in benchmarks.top_k(q, v[kept], args.top)[0].tolist()]
+    scores = (v[best] @ q[0]).tolist()
+    found = [os.path.join(args.gallery, os.path.relpath(photos[i], root)) for i in best]
     results = [{"rank": rank, "score": round(score, 4), "path": path}
                for rank, (path, score) in enumerate(zip(found, scores, strict=True), start=1)]
     (words,), _ = nearest_words(blip, U)

@@ -9,7 +9,6 @@ Distillation: a network phi learns to give such words at once, from the image's 
 import hashlib
 import json
 import math
-import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -21,11 +20,11 @@ from tqdm import tqdm
 import isa
 import query_side
 from plumbing.command import run_command
-from plumbing.features import image_features
 from plumbing.files import check_folder, replacing
 from plumbing.images import find_images
 from plumbing.options import add_shared_options, check_options
 from plumbing.precision import autocast, open_blip
+from plumbing.training_data import encode_training_images
 from pocket import world
 
 from .text_regularization import TextRegularization, read_sentences
@@ -131,18 +130,12 @@ def invert_in_parts(blip, v, numbers, regularize, folder, **options):
     return torch.cat(words).to(v.device)  # [M, 1, d_w]
 
 
-def choose_images(settings, blip, precision):
-    """Draw --count of the images -> their numbers in the folder [M], v [M, E]."""
+def choose_images(settings, blip):
+    """Draw --count of the images -> their numbers in the folder [M], their features v [M, E]."""
     if settings["images"] == POCKET_IMAGES:
         world.ensure(Path(POCKET_IMAGES).parent)
     images = find_images(settings["images"], settings["cache_dir"])
-    features = image_features(blip, images, settings["cache_dir"], skip_bad=True,
-                              precision=precision, what="training images")
-    for why in list(features.bad.values())[:10]:
-        print(f"left out: {why}", file=sys.stderr)
-    if len(features.bad) > 0.01 * len(images):
-        raise ValueError(f"{len(features.bad)} of {len(images)} images in {settings['images']} are "
-                         "damaged; fix or remove them")
+    features = encode_training_images(blip, images, settings)
     sound = np.setdiff1d(np.arange(len(images)), list(features.bad))
     rng = np.random.default_rng(settings["seed"])
     numbers = np.sort(rng.permutation(sound)[: settings["count"]])
@@ -161,7 +154,8 @@ def searle(args):
     settings = {**vars(args), "precision": precision, "encoder": "blip-v", "mapper": "phi",
                 "tokens": 1, "prompt": "a photo of", "gallery": "blip", "query_size": None}
     print(" ".join(f"{k}={v}" for k, v in settings.items()))
-    numbers, v = choose_images(settings, blip, precision)
+
+    numbers, v = choose_images(settings, blip)
     regularize = TextRegularization(blip, by_concept, args.concepts, precision)
     # Everything that a word depends on
     key = json.dumps([blip.fingerprint, precision, seed, args.steps, args.concepts, by_concept,

@@ -9,9 +9,8 @@
     t = blip.encode_text(blip.embed_words(ids), mask)                # [2, E] unit norm
     v @ t.T                                                          # [1, 2] similarities
 
-vit.py and bert.py are the two encoders and blip.py joins them; preprocess.py and tokenizer.py
-prepare their input; checkpoint.py reads weights. `python -m plumbing.download` fetches the
-official ones.
+vit.py and bert.py are the encoders and blip.py joins them; preprocess.py and tokenizer.py prepare
+their input; checkpoint.py reads weights, and `python -m plumbing.download` fetches official ones.
 """
 
 from .blip import Blip

@@ -1,9 +1,9 @@
 """BLIP's text encoder: a BERT with post-norm layers that can also look at an image.
 
 Two modes share all weights: *text mode* skips cross-attention, *matching mode* runs it in every
-layer, on the image's tokens. The encoder starts from word vectors, not ids: this is where ISA's
-sentence tokens enter. Parameters have the names of the official checkpoints. B texts, T tokens,
-d width, S image tokens of width D.
+layer, on the image's tokens. The encoder starts from word vectors, not ids: here ISA's sentence
+tokens enter. Parameters have the official names. B texts, T tokens, d width, S image tokens of
+width D.
 """
 
 import torch
@@ -27,13 +27,13 @@ class Embeddings(nn.Module):
     def forward(self, words):
         length, most = words.shape[1], self.position_embeddings.num_embeddings
         if length > most:
-            problem = f"a text of {length} tokens is longer than BLIP's {most} positions"
-            raise ValueError(f"{problem}; shorten it")
+            raise ValueError(f"a text of {length} tokens is longer than BLIP's {most} positions; "
+                             "shorten it")
         return self.LayerNorm(words + self.position_embeddings.weight[:length])  # [B, T, d]
 
 
 class Projections(nn.Module):
-    """To queries, keys and values; keys and values may come from an image, of another width."""
+    """To queries, keys and values, the latter two perhaps from an image, of another width."""
 
     def __init__(self, width, source_width):
         super().__init__()
@@ -101,8 +101,8 @@ class TextEncoder(nn.Module):
     With image_tokens [M, S, D], matching mode: text i looks at image rows[i] (int64 [B]; by default
     at its own, M = B). Raises ValueError if T exceeds the number of positions.
 
-    Two savings change no value: an image's keys and values are computed once, however many texts
-    look at it, and the last layer computes position 0 alone, the only one that BLIP reads.
+    Two savings change no value: keys and values of an image are computed once for all its texts,
+    and the last layer computes only position 0, which alone is read.
     """
 
     def __init__(self, vocab_size, max_positions, width, depth, image_width):

@@ -4,6 +4,8 @@ B images or texts, E width of the joint space (256), D image width, d_w word wid
 `load` returns it frozen; pocket/pretrain.py trains the same class from scratch.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,23 +16,20 @@ from .vit import VisionTransformer
 
 
 class Blip(nn.Module):
-    """The visual encoder, the text encoder (also the matching encoder), projections, matching head.
-
-    sizes: a dict with the keys that checkpoint.infer_sizes lists; stem may be left out.
-    """
+    """sizes: the dict that checkpoint.infer_sizes returns; stem may be left out."""
 
     def __init__(self, sizes, tokenizer):
         super().__init__()
         s, D, d_w, E = sizes, sizes["image_width"], sizes["word_dim"], sizes["embed_dim"]
         self.image_size, self.word_dim, self.embed_dim = s["image_size"], d_w, E
+        # A PIL image of any mode and size -> [3, S, S]. Workers get it without the weights
+        self.preprocess = partial(to_pixels, image_size=s["image_size"], mean=MEAN, std=STD)
         self.tokenizer = tokenizer
         self.fingerprint = ""  # set by checkpoint.load: which weights, at which image size
-        self.visual_encoder = VisionTransformer(
-            s["image_size"], s["patch_size"], D, s["image_depth"], s.get("stem", False)
-        )
-        self.text_encoder = TextEncoder(
-            s["vocab_size"], s["max_positions"], d_w, s["text_depth"], D
-        )
+        self.visual_encoder = VisionTransformer(s["image_size"], s["patch_size"], D,
+                                                s["image_depth"], s.get("stem", False))
+        self.text_encoder = TextEncoder(s["vocab_size"], s["max_positions"], d_w,
+                                        s["text_depth"], D)
         self.vision_proj = nn.Linear(D, E)
         self.text_proj = nn.Linear(d_w, E)
         self.itm_head = nn.Linear(d_w, 2)
@@ -38,18 +37,13 @@ class Blip(nn.Module):
 
     @property
     def temperature(self):
-        """tau of the contrastive loss, a float: BLIP's own, learnt in its pre-training."""
+        """tau of the contrastive loss, a float, from BLIP's pre-training."""
         return self.temp.item()
-
-    def preprocess(self, pil):
-        """A PIL image of any mode and size -> float32 [3, S, S]; see preprocess.to_pixels."""
-        return to_pixels(pil, self.image_size, MEAN, STD)
 
     def encode_image(self, pixels, cls_only=False):
         """pixels [B, 3, S, S] -> v [B, E] unit norm, F_v [B, 1+N, D]: final LayerNorm, CLS first.
 
-        cls_only is for galleries, which need v alone: F_v is then [B, 1, D], for 7 % less work at
-        12 layers.
+        cls_only: F_v is [B, 1, D], for 7 % less work at 12 layers; galleries need v alone.
         """
         F_v = self.visual_encoder(pixels, cls_only)
         return F.normalize(self.vision_proj(F_v[:, 0]).float(), dim=-1), F_v

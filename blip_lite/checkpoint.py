@@ -1,7 +1,7 @@
 """From files of weights to a frozen Blip, and back.
 
-Three kinds of source become one state dict in Salesforce's naming: Salesforce's own .pth, Hugging
-Face's BlipForImageTextRetrieval (.bin or .safetensors, one file or several), and pocket BLIP.
+Salesforce's .pth, Hugging Face's BlipForImageTextRetrieval and pocket BLIP all become a state dict
+in Salesforce's naming.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from .vit import HEAD_WIDTH, resize_position_embedding
 MOST_PIXELS = 1024  # the largest side of an image; BLIP was trained at 224 and 384
 POCKET = Path(__file__).resolve().parents[1] / "pocket"
 UNUSED = re.compile(  # what else the official files hold
-    r"\w+_m\.|"  # momentum copies of encoders and projections: the teachers in BLIP's pre-training
+    r"\w+_m\.|"  # momentum copies: the teachers in BLIP's pre-training
     r"(image|text|idx)_queue$|(queue_ptr|ptr_queue)$|"  # its queues of negatives
     r"text_decoder\.|"  # the captioner
-    r".*\.position_ids$"  # 0, 1, 2, ...: a constant that older transformers saved
+    r".*\.position_ids$"  # 0, 1, 2, ..., saved by older transformers
 )
 HUGGING_FACE_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                       "pytorch_model.bin.index.json")
@@ -57,17 +57,14 @@ def load(source, vocab=None, image_size=None, device="cpu"):
     image_size: S in pixels, a multiple of the patch size; by default the checkpoint's. For another
         size, position embeddings are resized as in the official code.
 
-    blip.fingerprint identifies weights and image size: 16 hex digits of the files' SHA-256, "@", S.
-
-    Raises ValueError, one sentence with the file and a remedy: for a file that is missing, damaged,
-    not weights, or a pickle that wants to run code; for keys that are missing, unexpected or
-    mis-shaped (listed); for a vocabulary that is missing or does not fit the word embedding; for an
-    image size that does not fit the patches.
+    blip.fingerprint: 16 hex digits of the files' SHA-256, "@", S. Raises ValueError, one sentence
+    with the file and a remedy, for weights that are missing, damaged, of another model or want to
+    run code, a vocabulary that does not fit them and an image size that does not fit the patches.
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count()
     if torch.device(device).type == "cuda" and (torch.device(device).index or 0) >= gpus:
-        found = f"this PyTorch sees {gpus or 'no'} CUDA GPU"
-        raise ValueError(f'device "{device}" was asked for, but {found}; use device="cpu"')
+        raise ValueError(f'device "{device}" was asked for, but this PyTorch sees {gpus or "no"} '
+                         'CUDA GPU; use device="cpu"')
     files, folder = _find(source)
     state = {}
     for file in files:
@@ -96,9 +93,9 @@ def load(source, vocab=None, image_size=None, device="cpu"):
 
 
 def save(blip, file):
-    """Write {"model": state dict} in Salesforce's naming, fp16, to a path or an open file.
+    """Write {"model": state dict} for `load`, in fp16, to a path or an open file.
 
-    `load` reads it back. The temperature stays float32: the losses divide by it.
+    The temperature stays float32: the losses divide by it.
     """
     state = {name: x.detach().cpu() for name, x in blip.state_dict().items()}
     state = {name: x.half().contiguous() if x.dim() else x.float() for name, x in state.items()}
@@ -108,20 +105,16 @@ def save(blip, file):
 def infer_sizes(state_dict, image_size=None):
     """The shapes of a state dict in Salesforce's naming -> the dict `sizes` that Blip takes.
 
-    image_size: S in pixels, or None for the size of the stored position embeddings. Keys:
-    image_size, patch_size, stem (whether vit.PatchEmbed has one), image_width, image_depth,
-    vocab_size, max_positions, word_dim, text_depth and embed_dim. Raises ValueError if a tensor
-    that shows a size is missing, or if no BLIP has such sizes.
+    image_size: S in pixels; None: that of the position embeddings. ValueError if a tensor that
+    shows a size is missing, or if no BLIP has such sizes.
     """
     patches = "visual_encoder.patch_embed.proj.weight"
     stem = patches not in state_dict and "visual_encoder.patch_embed.proj.0.weight" in state_dict
     needed = SIZED_BY if stem else SIZED_BY | {patches: 4}
     missing = [k for k, n in needed.items() if k not in state_dict or state_dict[k].dim() != n]
     if missing:
-        raise ValueError(
-            f"not a BLIP for image-text retrieval, {', '.join(missing)} is missing or of another "
-            "kind; use a pre-training, retrieval or ITM checkpoint"
-        )
+        raise ValueError(f"not a BLIP for image-text retrieval, {', '.join(missing)} is missing or "
+                         "of another kind; use a pre-training, retrieval or ITM checkpoint")
     pos, words, positions, proj = (state_dict[name].shape for name in SIZED_BY)
     patch = 8 if stem else state_dict[patches].shape[-1]
     side = math.isqrt(max(pos[1] - 1, 0))
@@ -130,30 +123,22 @@ def infer_sizes(state_dict, image_size=None):
     size = side * patch if image_size is None else image_size
     if size != int(size) or size < patch or size % patch:
         near = max(1, round(size / patch)) * patch
-        problem = f"image size {size} is not a multiple of the patch size {patch}"
-        raise ValueError(f"{problem}; {near} is near")
+        raise ValueError(f"image size {size} is not a multiple of the patch size {patch}; "
+                         f"{near} is near")
     if size > MOST_PIXELS:
         raise ValueError(f"image size {size} takes too much memory; give at most {MOST_PIXELS}")
     for what, width in (("image", pos[2]), ("text", words[1])):
         if width == 0 or width % HEAD_WIDTH:
-            problem = f"{width} wide, not a multiple of {HEAD_WIDTH}, the width of a head"
-            raise ValueError(f"the {what} encoder is {problem}")
+            raise ValueError(f"the {what} encoder is {width} wide, not a multiple of {HEAD_WIDTH}, "
+                             "the width of a head")
 
     def depth(prefix):  # how many different numbers follow the prefix
         return len({k[len(prefix) :].split(".")[0] for k in state_dict if k.startswith(prefix)})
 
-    return {
-        "image_size": int(size),
-        "patch_size": patch,
-        "stem": stem,
-        "image_width": pos[2],
-        "image_depth": depth("visual_encoder.blocks."),
-        "vocab_size": words[0],
-        "max_positions": positions[0],
-        "word_dim": words[1],
-        "text_depth": depth("text_encoder.encoder.layer."),
-        "embed_dim": proj[0],
-    }
+    return dict(image_size=int(size), patch_size=patch, stem=stem,  # see vit.PatchEmbed
+                image_width=pos[2], image_depth=depth("visual_encoder.blocks."),
+                word_dim=words[1], text_depth=depth("text_encoder.encoder.layer."),
+                vocab_size=words[0], max_positions=positions[0], embed_dim=proj[0])
 
 
 def check_finite(state, path, remedy):
@@ -168,7 +153,7 @@ def _listed(names, most):
 
 
 def _find(source):
-    """load's source -> the files with the weights, in order, and the folder that has vocab.txt."""
+    """load's source -> the files of weights, in order, and their folder."""
     path = POCKET / "blip.pth" if source == "pocket" else Path(source)
     if path.is_dir():
         found = [path / name for name in HUGGING_FACE_FILES if (path / name).is_file()]
@@ -195,20 +180,19 @@ def _find(source):
 
 
 def _find_vocabulary(vocab, folder, weights, rows):
-    """The Tokenizer of `vocab`, or of the folder's vocab.txt; ValueError unless it has `rows`."""
-    if vocab is None and not (folder / "vocab.txt").is_file():
-        raise ValueError(
-            f"there is no vocab.txt beside {weights}; put it there or name it with --vocab "
-            "(vocab=); python -m plumbing.download vocab.txt fetches BERT's"
-        )
-    vocab = folder / "vocab.txt" if vocab is None else vocab
+    """The Tokenizer of `vocab`, or of the folder's vocab.txt; it has to have `rows` tokens."""
+    if vocab is None:
+        vocab = folder / "vocab.txt"
+        if not vocab.is_file():
+            raise ValueError(f"there is no vocab.txt beside {weights}; put it there or name it "
+                             "with --vocab (vocab=); python -m plumbing.download vocab.txt fetches "
+                             "BERT's")
     tokenizer = Tokenizer(vocab)
     size = tokenizer.vocab_size
     if size != rows:
-        raise ValueError(
-            f"{vocab} has {size - 2} tokens, {size} with [DEC] and [ENC], but {weights} has {rows} "
-            "word embeddings; give the vocab.txt that belongs to it"
-        )
+        raise ValueError(f"{vocab} has {size - 2} tokens, {size} with [DEC] and [ENC], but "
+                         f"{weights} has {rows} word embeddings; give the vocab.txt that belongs "
+                         "to it")
     return tokenizer
 
 
@@ -224,16 +208,13 @@ def _check_keys(state, expected):
     problems = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],
-        "of another shape": [
-            f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in state and state[name].shape != tensor.shape
-        ],
+        "of another shape": [f"{name} {list(state[name].shape)} instead of {list(x.shape)}"
+                             for name, x in expected.items()
+                             if name in state and state[name].shape != x.shape],
     }
     listed = [f"{len(x)} {what}: {_listed(x, 10)}" for what, x in problems.items() if x]
     if listed:
-        keys = "keys do not fit a BLIP for image-text retrieval"
-        raise ValueError(f"{keys}; {'; '.join(listed)}")
+        raise ValueError(f"keys do not fit a BLIP for image-text retrieval; {'; '.join(listed)}")
 
 
 def _sha256(files):
@@ -246,7 +227,7 @@ def _sha256(files):
 
 
 def _first_bytes(path):
-    """The first bytes of a file; ValueError for what failed downloads leave instead of weights."""
+    """The first bytes of a file; ValueError for what failed downloads leave."""
     with open(path, "rb") as file:
         head = file.read(512)
     problem = None
@@ -262,7 +243,7 @@ def _first_bytes(path):
 
 
 def _read_pickle(path):
-    """torch.save's file -> dict name -> tensor. Only tensors and plain containers are unpickled."""
+    """torch.save's file -> dict name -> tensor."""
     zipped = _first_bytes(path)[:4] == b"PK\x03\x04"  # since PyTorch 1.6; only this can be mapped
     try:
         state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
@@ -276,8 +257,8 @@ def _read_pickle(path):
             remedy = "get a state dict or .safetensors from a source you trust"
         raise ValueError(f"{path} {problem}; {remedy}") from None
     if isinstance(state, dict) and "query_model" in state:
-        problem = "is a checkpoint of train.py, for --checkpoint"
-        raise ValueError(f"{path} {problem}; give BLIP's own weights, as in training")
+        raise ValueError(f"{path} is a checkpoint of train.py, for --checkpoint; give BLIP's own "
+                         "weights, as in training")
     state = state.get("model", state) if isinstance(state, dict) else state
     problem = None if state and isinstance(state, dict) else 'no state dict, bare or under "model"'
     if not problem:
@@ -297,9 +278,8 @@ SAFETENSORS = {
 def _read_safetensors(path):
     """A .safetensors file -> dict name -> tensor.
 
-    The format: 8 bytes, the length of the header (little-endian); the header, JSON {name: {"dtype",
-    "shape", "data_offsets": [begin, end]}}; then the tensors, little-endian, where begin and end
-    count from the end of the header.
+    The format: 8 bytes, the length of the header; the header, JSON {name: {"dtype", "shape",
+    "data_offsets": [begin, end]}}, counted from its end; the tensors; all little-endian.
     """
     _first_bytes(path)
     size = os.path.getsize(path)
@@ -321,8 +301,8 @@ def _read_safetensors(path):
             if any(end > begin for (_, end), (begin, _) in itertools.pairwise(places)):
                 raise ValueError  # tensors overlap
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            problem = "is damaged or not a .safetensors file"
-            raise ValueError(f"{path} {problem}; download it again") from None
+            raise ValueError(f"{path} is damaged or not a .safetensors file; download it "
+                             "again") from None
         state = {}
         for name, entry in header.items():
             begin, end = entry["data_offsets"]

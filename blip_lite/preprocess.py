@@ -18,12 +18,11 @@ UPRIGHT = {  # EXIF orientation -> the operation that turns the stored pixels up
 
 
 def to_rgb(pil):
-    """A PIL image of any mode -> the same image, upright (EXIF orientation applied) and in RGB.
+    """A PIL image of any mode -> the same, upright (EXIF orientation applied) and in RGB.
 
-    Transparency is dropped, not blended, as by convert("RGB") in the official code. 16-bit grey is
-    scaled to 8 bits; some versions of PIL would clip it to white.
+    Transparency is dropped, not blended, as in the official code. 16-bit grey is scaled to 8 bits.
     """
-    pil.load()  # a truncated file has to fail here: PIL's EXIF reader would hide it
+    pil.load()  # a truncated file has to fail here: reading EXIF would hide it
     try:
         turn = UPRIGHT.get(pil.getexif().get(0x0112))
     except Exception:  # PIL reports damaged EXIF in many ways; the pixels may be sound
@@ -49,7 +48,6 @@ def to_pixels(pil, image_size, mean, std):
     """A PIL image of any mode and size -> float32 [3, S, S]: (x / 255 - mean) / std.
 
     Upright, RGB, bicubic, squeezed to a square of side S = image_size, as in BLIP's own evaluation.
-    mean, std: three numbers each, for values in 0..1.
     """
     pil = to_rgb(pil)
     if pil.size != (image_size, image_size):

@@ -11,7 +11,7 @@ import unicodedata
 import torch
 
 MAX_WORD = 100  # characters; BERT turns a longer word into one [UNK]
-CACHE_SIZE = 100_000  # words; captions repeat theirs, so nearly every word is only looked up
+CACHE_SIZE = 100_000  # words; captions repeat theirs
 REQUIRED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 CJK = re.compile(  # ideographs, each a word of its own (BERT's Unicode blocks: no kana, no Hangul)
     "([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f"
@@ -26,19 +26,16 @@ class Tokenizer:
     adds two: [DEC], which starts a caption, and [ENC], which replaces [CLS] in matching mode.
 
     Special tokens spelled out in a text ("[SEP]", "[ENC]", ...) become those tokens, as in the
-    official code, which is transformers' BertTokenizer with both added. (Where its Python and Rust
-    versions differ, as on a final capital sigma, this follows Python.) Any Unicode is accepted; a
-    lone surrogate is dropped like a control character. Nothing is truncated: the text encoder
-    refuses a text that is too long.
-
-    Raises ValueError if the file is not a BERT vocabulary.
+    official code: transformers' BertTokenizer with both added, the Python version where it differs
+    from the Rust one (a final capital sigma). Nothing is truncated: the text encoder refuses a text
+    that is too long. Raises ValueError if the file is not a BERT vocabulary.
     """
 
     def __init__(self, vocab_path):
         self.vocab = _read_vocab(vocab_path)
         self.dec_id = self.vocab["[DEC]"] = len(self.vocab)
         self.enc_id = self.vocab["[ENC]"] = len(self.vocab)
-        self.vocab_size = len(self.vocab)  # rows of the word embedding: the file's lines and two
+        self.vocab_size = len(self.vocab)  # the file's lines and two
         self.pad_id, self.unk_id, self.cls_id, self.sep_id = (self.vocab[t] for t in REQUIRED)
         special = [t for t in (*REQUIRED, "[MASK]", "[DEC]", "[ENC]") if t in self.vocab]
         self._special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
@@ -119,14 +116,14 @@ def _basic_words(text):
 
 
 def _read_vocab(path):
-    """vocab.txt -> dict token -> id, in the file's order; ValueError if it is not a vocabulary."""
+    """vocab.txt -> dict token -> id, in the file's order."""
     remedy = "give the vocab.txt of bert-base-uncased, or the one that belongs to the checkpoint"
     try:
         with open(path, encoding="utf-8-sig", newline=None) as file:
             tokens = file.read().removesuffix("\n").split("\n")  # splitlines() splits at U+2028 too
     except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-        raise ValueError(f"the vocabulary {path} {problem}; {remedy}") from None
+        raise ValueError(f"the vocabulary {path} cannot be read ({error.strerror}); "
+                         f"{remedy}") from None
     except UnicodeDecodeError:
         raise ValueError(f"the vocabulary {path} is not UTF-8 text; {remedy}") from None
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -138,6 +135,6 @@ def _read_vocab(path):
     if twice:
         raise ValueError(f"the vocabulary {path} lists {twice[0]!r} more than once; {remedy}")
     if added:
-        problem = f"lists {' and '.join(added)}, which BLIP adds itself"
-        raise ValueError(f"the vocabulary {path} {problem}; remove the line")
+        raise ValueError(f"the vocabulary {path} lists {' and '.join(added)}, which BLIP adds "
+                         "itself; remove the line")
     return vocab

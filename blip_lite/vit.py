@@ -1,7 +1,6 @@
 """BLIP's visual encoder: a plain vision transformer (ViT) with pre-norm blocks.
 
-Parameters have the names of the official checkpoints, so a state dict loads without renaming.
-B images, N patches, D width.
+Parameters have the names of the official checkpoints. B images, N patches, D width.
 """
 
 import torch
@@ -80,7 +79,7 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """pixels [B, 3, S, S] -> patches [B, N, D].
 
-    With a stem (pocket BLIP only, 8 px patches), three small convolutions replace the large one: a
+    A stem (pocket BLIP only, 8 px patches) is three small convolutions instead of a large one: a
     small ViT learns shapes sooner from them (Xiao et al., NeurIPS 2021).
     """
 
@@ -101,8 +100,8 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """pixels [B, 3, S, S], S = image_size -> F^v [B, 1+N, D]: the tokens after the final LayerNorm.
 
-    CLS comes first. cls_only returns it alone, [B, 1, D]: in the last block, CLS attends to all
-    tokens, but nothing reads what becomes of them. Raises ValueError for pixels of another shape.
+    CLS comes first. cls_only: it alone, [B, 1, D], as nothing reads what the last block makes of
+    the other tokens. Raises ValueError for pixels of another shape.
     """
 
     def __init__(self, image_size, patch_size, width, depth, stem=False):
@@ -130,8 +129,7 @@ class VisionTransformer(nn.Module):
 def resize_position_embedding(pos_embed, image_size, patch_size):
     """Position embeddings [1, 1+N, D] -> [1, 1+N', D] for another image size; CLS keeps its own.
 
-    Bicubic without antialiasing, align_corners False, as in the official code, whose features this
-    reproduces.
+    Bicubic without antialiasing, align_corners False, as in the official code.
     """
     side = image_size // patch_size
     old_side = round((pos_embed.shape[1] - 1) ** 0.5)

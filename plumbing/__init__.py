@@ -1,1 +1,1 @@
-"""What a reader does not need in order to understand ISA: files, images, features, processes, options, commands."""
+"""What runs underneath: images, features, files, processes, options, commands."""

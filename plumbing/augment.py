@@ -1,8 +1,4 @@
-"""Augmentation of the query model's images: train.py's --crop, --flip and --randaugment.
-
-A module of its own: importing torchvision takes as long as importing torch, and most commands do
-not need it.
-"""
+"""train.py's --crop, --flip and --randaugment; apart, because importing torchvision is slow."""
 
 from torchvision import transforms
 
@@ -19,8 +15,8 @@ class NeutralRandAugment(transforms.RandAugment):
 def augmentation(size, crop, flip, randaugment):
     """-> a function from PIL image to PIL image that draws from torch's global generator.
 
-    size: side of the crop in pixels. crop: the least share of the image's area it shows (1: no
-    cropping). randaugment: magnitude of two operations, 0 .. 30 (0: none).
+    size: of a crop, in pixels. crop: the least area it keeps; 1: no cropping. randaugment: strength
+    of two operations, 0 .. 30; 0: none.
     """
     T, bicubic = transforms, transforms.InterpolationMode.BICUBIC
     steps = [T.RandomResizedCrop(size, (crop, 1), interpolation=bicubic)] if crop < 1 else []

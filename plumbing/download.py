@@ -19,9 +19,9 @@ SALESFORCE = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/m
 VOCAB = "https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt"  # Apache 2.0
 VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 CHECKPOINTS = {
-    "model_base.pth": "the paper's: ViT-B/16, 129M image-text pairs, 224 px",
+    "model_base.pth": "ViT-B/16, 129M image-text pairs, 224 px: the paper's",
     "model_base_14M.pth": "ViT-B/16, 14M pairs, 224 px",
-    "model_base_capfilt_large.pth": "ViT-B/16, 129M pairs with captions cleaned by ViT-L, 224 px",
+    "model_base_capfilt_large.pth": "ViT-B/16, 129M pairs, captions cleaned by ViT-L, 224 px",
     "model_large.pth": "ViT-L/16, 129M pairs, 224 px",
     "model_base_retrieval_coco.pth": "ViT-B/16 fine-tuned for retrieval on COCO, 384 px",
     "model_base_retrieval_flickr.pth": "ViT-B/16 fine-tuned for retrieval on Flickr30k, 384 px",
@@ -31,7 +31,7 @@ CHECKPOINTS = {
 
 
 def download(url, path, sha256=None):
-    """Fetch `url` to `path`, complete and with this hash. Raises ValueError if that fails."""
+    """Fetch `url` to `path`; ValueError unless all of it comes."""
     part = path.with_name(f".{path.name}")
     try:
         with urlopen(url) as response:  # PyTorch checks none of this
@@ -46,8 +46,8 @@ def download(url, path, sha256=None):
         os.replace(part, path)
     except (OSError, HTTPException, RuntimeError, ValueError) as error:
         reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
-        remedy = "check the network, the disk and --base-url, then run again"
-        raise ValueError(f"{url} cannot be fetched ({reason}); {remedy}") from None
+        raise ValueError(f"{url} cannot be fetched ({reason}); check the network, the disk and "
+                         "--base-url, then run again") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -56,14 +56,15 @@ def main(args):
     socket.setdefaulttimeout(60)  # seconds without a byte
     check_folder(args.to)
     args.to.mkdir(parents=True, exist_ok=True)
-    for name in dict.fromkeys(("vocab.txt", args.name)):
-        url, path = VOCAB if name == "vocab.txt" else SALESFORCE + name, args.to / name
-        if args.base_url:
-            url = f"{args.base_url.rstrip('/')}/{name}"
+    sources = {"vocab.txt": (VOCAB, VOCAB_SHA256)}
+    sources.setdefault(args.name, (SALESFORCE + args.name, None))
+    for name, (url, sha256) in sources.items():
+        path = args.to / name
         if path.exists():
             print(f"{path} is there already; delete it to fetch it again")
         else:
-            download(url, path, VOCAB_SHA256 if name == "vocab.txt" else None)
+            mirror = args.base_url and f"{args.base_url.rstrip('/')}/{name}"
+            download(mirror or url, path, sha256)
 
 
 if __name__ == "__main__":
@@ -74,5 +75,5 @@ if __name__ == "__main__":
     p.add_argument("name", choices=[*CHECKPOINTS, "vocab.txt"], metavar="NAME",
                    help="a checkpoint below, or vocab.txt alone")
     p.add_argument("--to", type=Path, default=".", metavar="DIR", help="folder (default: this one)")
-    p.add_argument("--base-url", metavar="URL", help="a mirror with URL/NAME and URL/vocab.txt")
+    p.add_argument("--base-url", metavar="URL", help="a mirror that has URL/NAME, URL/vocab.txt")
     run_command("plumbing.download", main, p.parse_args())

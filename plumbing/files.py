@@ -10,7 +10,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows, where two processes that fill one folder do not wait for each other
+except ImportError:  # Windows: there, processes that fill one folder do not wait for each other
     fcntl = None
 
 
@@ -20,22 +20,21 @@ def explained(path):
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch.save hides what went wrong: it then cannot close its archive, and reports only that
+        # torch.save reports only that it could not close its archive, not why
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
         if not isinstance(cause, OSError):
             raise
-        reason = f"cannot be written ({cause.strerror or cause}); what was saved before is intact"
-        remedy = "make room or choose another place, then run the command again"
-        raise ValueError(f"{path}: {reason}: {remedy}") from None
+        raise ValueError(f"{path}: cannot be written ({cause.strerror or cause}); what was saved "
+                         "before is intact: make room or choose another place") from None
 
 
 @contextmanager
 def replacing(path):
-    """A binary file to write, which replaces `path` when the block ends, unless it fails.
+    """A binary file that replaces `path` when the block ends without an error.
 
-    Content reaches the disk before the name: a power cut leaves no empty file. Raises ValueError.
+    Its content reaches the disk before its name: a power cut leaves no empty file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the suffix tells PIL the format
@@ -49,8 +48,7 @@ def replacing(path):
             temporary.unlink(missing_ok=True)
 
 
-def flush(path):
-    """Wait until the content of a file is on the disk."""
+def flush(path):  # to the disk
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
 
@@ -62,28 +60,25 @@ def write_json(path, value):
 
 
 def log_row(path, row):
-    """Append a dict to a log as a line of JSON, floats rounded to four places."""
+    """Append a dict to a log as a line of JSON."""
     row = {name: round(x, 4) if isinstance(x, float) else x for name, x in row.items()}
     with explained(path), open(path, "a") as log:
         log.write(json.dumps(row) + "\n")
 
 
 def cut_log(path, step):
-    """Cut a log of JSON lines after the last checkpoint's `step`; later steps are logged again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    """Drop the lines of a log after the last checkpoint's `step`: those steps run again."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     with replacing(path) as file:
         for line in lines:
-            with suppress(ValueError):  # the process was killed while it wrote this line
+            with suppress(ValueError):  # cut by a kill
                 if json.loads(line)["step"] <= step:
-                    file.write(line.encode())
+                    file.write(line)
 
 
 @contextmanager
 def locked(folder):
-    """Hold an exclusive lock on `folder`, which is created.
-
-    The lock is a byte of the file .lock beside it, and ends with its process, which can hold one.
-    """
+    """Create `folder` and lock it, by a byte of .lock beside it; a process can hold one lock."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / ".lock", "a") as file:
         byte = zlib.crc32(os.fsencode(folder.name))
@@ -93,7 +88,7 @@ def locked(folder):
         except (BlockingIOError, PermissionError):
             print(f"waiting for another process, which fills {folder}", file=sys.stderr, flush=True)
             fcntl.lockf(file, fcntl.LOCK_EX, 1, byte)
-        except OSError:  # a file system without locks: starting one run at a time is up to the user
+        except OSError:  # a file system without locks
             pass
         folder.mkdir(exist_ok=True)
         yield
@@ -101,21 +96,21 @@ def locked(folder):
 
 @contextmanager
 def drafted(folder, notes=None):
-    """A locked draft of `folder` to fill, which takes that name when the block ends.
+    """A locked draft of `folder`, which takes that name when the block ends.
 
-    Yields None if another process completed the folder while this one waited. When the block fails,
-    the draft is removed, unless it has files that match `notes`: they say how to resume it.
+    None if meanwhile another process has filled it. If the block fails the draft is removed, unless
+    files that match `notes` say how to resume it.
     """
     draft = folder.with_name(f"{folder.name}.tmp")
     with locked(draft):
         try:
             if folder.is_dir():
                 yield None
-            else:
-                yield draft
-                for path in draft.iterdir():
-                    flush(path)
-                draft.rename(folder)
+                return
+            yield draft
+            for path in draft.iterdir():
+                flush(path)
+            draft.rename(folder)
         finally:
             if notes is None or not any(draft.glob(notes)):
                 shutil.rmtree(draft, ignore_errors=True)
@@ -131,7 +126,7 @@ def check_folder(folder):
 
 
 def check_output(path):
-    """ValueError if the file `path` cannot be written; its folder need not exist."""
+    """check_folder for a file to write."""
     if Path(path).is_dir():
         raise ValueError(f"{path}: is a folder; give the name of a file to write")
     check_folder(Path(path).parent)

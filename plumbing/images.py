@@ -1,4 +1,4 @@
-"""Images by number: files in folders, or members of tar shards as img2dataset writes them."""
+"""Images by number: files in folders, or members of tar shards, as img2dataset writes them."""
 
 import hashlib
 import io
@@ -21,20 +21,20 @@ from plumbing.files import check_folder, drafted, explained
 warnings.filterwarnings("ignore", module=r"PIL\.")  # PIL warns about files it can still read
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DELETE = "delete its folder, then it is computed again"
+SKIP = "fix or remove them, or let train.py skip them with --skip-bad-images"
 
 
 def open_image(name, file=None):
-    """A path, or a name and a BytesIO -> a decoded PIL image: of an animation, the first frame.
+    """A path, or a name and a BytesIO -> a decoded PIL image, of an animation the first frame.
 
-    Raises ValueError if it is unreadable, or larger than PIL's limit of 179 million pixels.
+    ValueError if it is damaged, or beyond PIL's limit of 179 million pixels.
     """
     try:
         image = Image.open(file or name)
         image.load()
         return image
     except FileNotFoundError:
-        remedy = "check the data set with `python evaluate.py check`"
-        raise ValueError(f"{name}: there is no such image; {remedy}") from None
+        raise ValueError(f"{name}: there is no such image; run python evaluate.py check") from None
     except Exception as error:  # PIL's decoders raise nearly anything on damaged data
         empty = not file.getbuffer() if file else os.path.isfile(name) and not os.path.getsize(name)
         why = "is empty" if empty else f"cannot be read as an image ({error})"
@@ -42,7 +42,7 @@ def open_image(name, file=None):
 
 
 class Rows:
-    """Rows of an .npy file [N, ...], read when they are asked for; none stays in memory."""
+    """Rows of an .npy file [N, ...], read when asked for and not kept in memory."""
 
     def __init__(self, path):
         try:
@@ -61,7 +61,7 @@ class Rows:
         with open(self.path, "rb", buffering=0) as file:
             for row, i in zip(out, index, strict=True):
                 file.seek(self.offset + int(i) * row.nbytes)
-                if file.readinto(row) < 0:
+                if file.readinto(row) < row.nbytes:
                     raise ValueError(f"{self.path}: ends before row {i}; {DELETE}")
         return out
 
@@ -70,11 +70,10 @@ class Rows:
 
 
 class ImageList:
-    """A sequence of images.
+    """A sequence of images. key: the same only for the same files, unchanged.
 
-    names: a list of paths; or, for a stored list, a file of all names, and table int64 [N, 5] says
-    where each begins and ends there, the number of its shard or -1, its first byte and its size.
-    key: the same only for the same files, unchanged.
+    names: a list of paths; or a file of all names, and table int64 [N, 5]: where in it each begins
+    and ends, the number of the shard or -1, the image's first byte there and its size.
     """
 
     def __init__(self, names, key, table=None, shards=()):
@@ -92,11 +91,9 @@ class ImageList:
             return os.fsdecode(file.read(end - begin)), *place
 
     def name(self, i):
-        """The path of image i; for a member of a shard, the shard's path, "/", its name there."""
         return self._find(i)[0]
 
     def open(self, i):
-        """Image i, decoded. Raises ValueError if it is damaged or no longer there."""
         name, shard, begin, size = self._find(i)
         if shard < 0:
             return open_image(name)
@@ -105,27 +102,25 @@ class ImageList:
                 file.seek(begin)
                 return open_image(name, io.BytesIO(file.read(size)))
         except OSError as error:
-            why = f"cannot be read ({error.strerror})"
-            raise ValueError(f"{self.shards[shard]}: {why}; restore the shard") from None
+            raise ValueError(f"{self.shards[shard]}: cannot be read ({error.strerror}); "
+                             "restore the shard") from None
 
 
 def list_images(paths):
-    """A list of paths -> ImageList, in memory: for galleries."""
     key = hashlib.sha256(b"".join(map(identity, paths))).hexdigest()
     return ImageList([os.fspath(path) for path in paths], key)
 
 
 def find_images(folder, cache):
-    """Every image below `folder`, members of .tar files included, in a fixed order -> ImageList.
+    """Every image below `folder`, also in .tar files, in a fixed order -> ImageList.
 
-    The list is stored below `cache`, and made anew if a name, a size or a time of change differs.
-    Raises ValueError for no folder, fewer than two images, and a damaged shard.
+    The list is kept below `cache` until a file changes. ValueError for fewer than two images.
     """
     check_folder(cache)
     digest, shards = hashlib.sha256(), []
     for path in walk(folder):
         digest.update(identity(path))
-        shards += [path] * path.endswith(".tar")
+        shards += [path] if path.endswith(".tar") else []
     stored = Path(cache) / f"images-{digest.hexdigest()[:16]}"
     if not stored.is_dir():
         with drafted(stored) as draft, explained(stored):
@@ -134,17 +129,21 @@ def find_images(folder, cache):
     return ImageList(stored / "names", digest.hexdigest(), Rows(stored / "table.npy"), shards)
 
 
+def is_image(name):
+    return name.lower().endswith(SUFFIXES)
+
+
 def walk(folder, all_files=False):
-    """Paths of images and shards, or of all files, folder by folder; cycles of links are cut."""
+    """Yield paths of images and shards, or of all files; links are followed, cycles cut."""
     if not os.path.isdir(folder):
         problem = "is a file" if os.path.exists(folder) else "there is no such folder"
         raise ValueError(f"{folder}: {problem}; give a folder of images with --images")
-    seen = set()
 
     def fail(error):
-        why = f"cannot be searched for images ({error.strerror}); fix its permissions or move it"
-        raise ValueError(f"{error.filename}: {why}")
+        raise ValueError(f"{error.filename}: cannot be searched for images ({error.strerror}); "
+                         "fix its permissions or move it")
 
+    seen = set()
     for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         stat = os.stat(parent)
         if (stat.st_dev, stat.st_ino) in seen:
@@ -157,12 +156,8 @@ def walk(folder, all_files=False):
                 yield os.path.join(parent, name)
 
 
-def is_image(name):
-    return name.lower().endswith(SUFFIXES)
-
-
 def identity(path):
-    """Bytes that identify a file as it is now, by its path, size and time of change."""
+    """Bytes that differ where path, size or time of change do."""
     try:
         stat = os.stat(path)
         return os.fsencode(path) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode()
@@ -171,7 +166,7 @@ def identity(path):
 
 
 def _write_list(folder, shards, out):
-    """Write the names and the table of an ImageList; at no time are all of them in memory."""
+    """Write names and table of an ImageList, which may not fit into memory."""
     numbers = {path: i for i, path in enumerate(shards)}
     with open(out / "names", "wb") as names, open(out / "table", "wb") as table:
         for path in tqdm(walk(folder), "listing images", unit=" files", disable=None, leave=False):
@@ -188,7 +183,7 @@ def _write_list(folder, shards, out):
 
 
 def _members(shard):
-    """(name, first byte, size) of every image in a .tar file; its other members are skipped."""
+    """Yield (name, first byte, size) of every image in a .tar file."""
     try:
         with tarfile.open(shard, "r:") as tar:
             while member := tar.next():
@@ -199,14 +194,14 @@ def _members(shard):
             if len(tar.fileobj.read(512)) < 512:  # a whole file ends in zeros, unchecked by tarfile
                 raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, OSError, EOFError) as error:
-        problem = f"is not a whole, uncompressed tar file ({error})"
-        raise ValueError(f"{shard}: {problem}; download it again or remove it") from None
+        raise ValueError(f"{shard}: is not a whole, uncompressed tar file ({error}); download it "
+                         "again or remove it") from None
 
 
 def load_images(images, preprocess, batch_size, workers, rows=None, pin_memory=False):
-    """Read rows of an ImageList, by default all, in order, by worker processes -> batches.
+    """Yield batches of rows of an ImageList, by default all, read by worker processes.
 
-    A batch: M row numbers, their pixels [M, 3, S, S] (None if M = 0), {row: why it is damaged}.
+    A batch: M row numbers, pixels [M, 3, S, S] (None if M = 0), {row: why it is damaged}.
     """
     rows, read = range(len(images)) if rows is None else rows, partial(_read, images, preprocess)
     options = dict(num_workers=workers, worker_init_fn=ignore_signals, pin_memory=pin_memory)
@@ -223,10 +218,10 @@ def _read(images, preprocess, rows):
     return list(pixels), torch.stack(list(pixels.values())) if pixels else None, damaged
 
 
-def check_images(folder, cache_dir, sample=200):
-    """Print what train.py would find in a folder; ValueError if over 1 % is empty or damaged."""
-    print(f"expected below {folder}:\n\nNAME.jpg or {', '.join(SUFFIXES[1:])}, in any sub-folders")
-    print(f"{'00000.tar':50}shards of such images, uncompressed, as img2dataset writes them\n")
+def check_images(folder, cache_dir):
+    """Print what train.py would find in a folder; ValueError for over 1 % damaged."""
+    print(f"expected below {folder}:\n\nNAME.jpg or {', '.join(SUFFIXES[1:])}, in any sub-folders\n"
+          f"{'00000.tar':50}shards of such images, uncompressed, as img2dataset writes them\n")
     counts, empty = {"images and shards": Counter(), "passed over": Counter()}, []
     for path in tqdm(walk(folder, True), "looking", unit=" files", disable=None, leave=False):
         what = "images and shards" if is_image(path) or path.endswith(".tar") else "passed over"
@@ -237,13 +232,12 @@ def check_images(folder, cache_dir, sample=200):
         listed = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common(8))
         print(f"{what}: {kinds.total()} files{f' ({listed})' if listed else ''}")
     images = find_images(folder, cache_dir)
-    rows = sorted(Random(0).sample(range(len(images)), min(sample, len(images))))
+    rows = sorted(Random(0).sample(range(len(images)), min(200, len(images))))
     decoded = load_images(images, lambda image: torch.empty(0), 1, 0, rows)
     damaged = [why for _, _, bad in decoded for why in bad.values()]
-    found = f"of {len(rows)} that were decoded {len(damaged)} are damaged"
-    print(f"{len(images)} images to train on; {len(empty)} are empty; {found}")
+    print(f"{len(images)} images to train on; {len(empty)} are empty; "
+          f"of {len(rows)} that were decoded {len(damaged)} are damaged")
     for why in [*empty, *damaged][:5]:
         print(f"  {why}")
     if len(empty) > 0.01 * len(images) or len(damaged) > 0.01 * len(rows):
-        remedy = "fix them, or train with --skip-bad-images"
-        raise ValueError(f"{folder}: more than 1 % of the images are damaged; {remedy}")
+        raise ValueError(f"{folder}: more than 1 % of the images are damaged; {SKIP}")

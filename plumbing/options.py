@@ -1,16 +1,15 @@
 """Options that several commands share, and what each command checks before it starts work."""
 
 import math
+import re
 from pathlib import PurePath
 
 import torch
 
-SHARED = {  # declared once; `add_shared_options` adds the ones that a command needs
-    "--blip": dict(default="pocket", help='"pocket", a Salesforce .pth, or a Hugging Face folder '
-                   "or file"),
+SHARED = {
+    "--blip": dict(default="pocket", help='"pocket", a Salesforce .pth, or Hugging Face\'s files'),
     "--vocab": dict(help="BERT's vocab.txt, if it is not beside the BLIP checkpoint"),
-    "--image-size": dict(type=int, help="side in pixels that BLIP sees, the same in training "
-                         "and evaluation (default: the checkpoint's)"),
+    "--image-size": dict(type=int, help="pixels a side that BLIP sees; default: the checkpoint's"),
     "--cache-dir": dict(default="cache", help="folder for stored features"),
     "--device": dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"),
     "--precision": dict(choices=("auto", "bf16", "fp32"), default="auto",
@@ -18,24 +17,19 @@ SHARED = {  # declared once; `add_shared_options` adds the ones that a command n
     "--workers": dict(type=int, default=1, help="processes that decode images"),
     "--threads": dict(type=int, default=0, help="CPU threads, 0 = all; 1 where runs share a CPU"),
 }
-# Beyond these PyTorch overflows or crashes, and RandAugment has no such strength
+# PyTorch overflows or crashes above these, and RandAugment has no such strength
 MOST = {"seed": 2**32 - 1, "threads": 1024, "workers": 256, "randaugment": 30}
 
 
 def add_shared_options(parser, *names):
-    """Add the options called `names`, all of SHARED by default, to a parser or an argument
-    group."""
+    """Add these options, by default all of SHARED, to a parser or a group -> its add_argument."""
     for name in names or SHARED:
         parser.add_argument(name, **SHARED[name])
     return parser.add_argument
 
 
 def check_options(parser, args, **least):
-    """Usage errors for what argparse accepts but no command can use.
-
-    Those are numbers below `least` (option=number) or above MOST, NaN and infinity, a device other
-    than cpu and cuda, and a run name that leads out of runs/.
-    """
+    """Usage errors for what argparse accepts but no command can use. least: option=number."""
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, float) and not math.isfinite(value):
@@ -44,28 +38,22 @@ def check_options(parser, args, **least):
             parser.error(f"{option} has to be at least {least[name]}, not {value}")
         if name in MOST and value > MOST[name]:
             parser.error(f"{option} has to be at most {MOST[name]}, not {value}")
-    try:
-        known = torch.device(getattr(args, "device", "cpu")).type in ("cpu", "cuda")
-    except RuntimeError:
-        known = False
-    if not known:
+    if not re.fullmatch(r"cpu|cuda(:\d)?", getattr(args, "device", "cpu")):
         parser.error(f"--device has to be cpu or cuda, not {args.device}")
-    run = PurePath(getattr(args, "name", None) or ".")
-    if hasattr(args, "name") and (run.is_absolute() or ".." in run.parts or not run.parts):
+    run = PurePath(getattr(args, "name", "run"))
+    if run.is_absolute() or ".." in run.parts or not run.parts:
         parser.error(f"--name has to be a folder below runs/, not {args.name!r}")
 
 
 def check_lengths(blip, prompt, tokens, texts):
-    """ValueError if a composed query, [CLS] prompt u1 .. uL text [SEP], is longer than BLIP's
-    positions.
+    """ValueError if a query, [CLS] prompt u1 .. uL text [SEP], has more tokens than BLIP positions.
 
-    tokens: L. texts: pairs (what the text is called, the text), the latter as isa.continuation
-    returns it; it may be empty.
+    tokens: L. texts: pairs (what to call the text, the text as isa.continuation returns it).
     """
     places = blip.text_encoder.embeddings.position_embeddings.num_embeddings
     room = places - 2 - len(blip.tokenizer.tokenize(prompt)) - tokens
     for what, text in texts:
         excess = len(blip.tokenizer.tokenize(text)) - room
         if excess > 0:
-            found = f"makes a sentence of {places + excess} tokens"
-            raise ValueError(f"{what}: {found}, longer than BLIP's {places} positions; shorten it")
+            raise ValueError(f"{what}: makes a sentence of {places + excess} tokens, longer than "
+                             f"BLIP's {places} positions; shorten it")

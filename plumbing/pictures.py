@@ -14,27 +14,25 @@ from plumbing.files import check_output, replacing
 from plumbing.images import SUFFIXES, open_image
 
 GREEN, RED = (30, 160, 60), (215, 20, 20)  # frames of targets; what a token looks at
-GREY, PAPER = (110, 110, 110), (244, 244, 244)  # small print; behind a photo that is not square
+GREY, PAPER = (110, 110, 110), (244, 244, 244)  # small print; around a photo that is not square
 TILE, SIDE, PHOTO, MARGIN = 72, 220, 150, 16  # pixels of a contact sheet: map, query, result, gap
 ACROSS = 5  # results a line
 
 
 def check_picture(path):
-    """ValueError where `save_picture` could not write this file."""
     if Path(path).suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: names no picture format; give a name that ends in .png or .jpg")
     check_output(path)
 
 
 def save_picture(picture, path):
-    """Write a PIL image in the format that the suffix names; makes the folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:  # whose name tells PIL the format
+    with replacing(path) as file:  # its suffix tells PIL the format
         picture.save(file, quality=90)
 
 
 def overlay(image, weights):
-    """A faded image under the weights [H, W] of one token, in red, deepest at its maximum."""
+    """A faded image under one token's weights [H, W] in red, deepest at their maximum."""
     weights = np.asarray(weights, np.float32)
     mask = Image.fromarray(0.75 * weights / max(float(weights.max()), 1e-9))
     mask = np.asarray(mask.resize(image.size, Image.Resampling.BILINEAR))
@@ -44,14 +42,9 @@ def overlay(image, weights):
 
 
 def word_rows(blip):
-    """The whole words of BLIP's vocabulary -> list of V strings, their rows [V, d_w].
-
-    Single letters, pieces of words and special tokens are left out.
-    """
-    vocab = blip.tokenizer.vocab
-    kept = [(word, i) for word, i in vocab.items() if word.isalpha() and len(word) > 1]
-    rows = blip.text_encoder.embeddings.word_embeddings.weight[[i for _, i in kept]]
-    return [word for word, _ in kept], rows
+    """BLIP's words, without letters, pieces and special tokens -> V strings, rows [V, d_w]."""
+    kept = {word: i for word, i in blip.tokenizer.vocab.items() if word.isalpha() and len(word) > 1}
+    return list(kept), blip.text_encoder.embeddings.word_embeddings.weight[list(kept.values())]
 
 
 @torch.no_grad()
@@ -63,21 +56,20 @@ def nearest_words(blip, U):
     return [[words[i] for i in row] for row in nearest.tolist()], cosine
 
 
-def scaled(image, side):
-    """The image with its proportions kept, its longer side `side` pixels long."""
+def scaled(image, side):  # the longer side; proportions are kept
     size = [max(1, round(x * side / max(image.size))) for x in image.size]
     return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
 
 
 def paste(sheet, image, x, y, side):
-    """Paste an image, proportions kept, into the middle of a square of the sheet."""
+    """Paste a scaled image into the middle of a square of the sheet."""
     image = scaled(image, side)
     sheet.paste(PAPER, (x, y, x + side, y + side))
     sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
 
 
 def shortened(text, font, width):
-    """The text, its middle left out until it is at most `width` pixels wide."""
+    """The text without as much of its middle as does not fit into `width` pixels."""
     short, half = text, len(text) // 2
     while half and font.getlength(short) > width:
         short, half = f"{text[:half]}...{text[-half:]}", half - 1
@@ -85,8 +77,8 @@ def shortened(text, font, width):
 
 
 def draw_picture(benchmark, rankings, count=6, top=5, side=96):
-    """Some queries, a line each: reference, modifier, best images, targets framed -> PIL image."""
-    queries = benchmark.queries  # short modifiers, which fit their column, from all over the split
+    """A PIL image of some queries: reference, modifier, best images with the targets framed."""
+    queries = benchmark.queries  # from all over the split, with modifiers that fit their column
     order = sorted(range(len(queries)), key=lambda i: (len(queries[i].captions[0]) > 44, i % 97))
     sheet = Image.new("RGB", (side * (top + 4) + 8, (side + 8) * count + 8), "white")
     pen = ImageDraw.Draw(sheet)
@@ -98,7 +90,7 @@ def draw_picture(benchmark, rankings, count=6, top=5, side=96):
         query, y = queries[i], 8 + line * (side + 8)
         put(query.reference, 8, y)
         text = textwrap.fill(f"that {query.captions[0]}", 34)
-        pen.multiline_text((side + 8, y + 24), text, fill="black", font_size=15)
+        pen.text((side + 8, y + 24), text, "black", font_size=15)
         for place, name in enumerate(rankings[query.id][:top]):
             x = side * (4 + place) + 4
             if name in query.targets:
@@ -108,18 +100,14 @@ def draw_picture(benchmark, rankings, count=6, top=5, side=96):
 
 
 def contact_sheet(query, text, words, maps, found, scores):
-    """What a search found -> PIL image.
+    """A search -> PIL image: left the query, right the photos at the paths `found`.
 
-    Left the query: image, text, and for each of its L tokens the nearest of `words` and what it
-    owns and looks at, the two `maps` [L, H, W] (None where the mapper has none). Right the photos
-    at the paths `found`, with rank, score and name.
+    Below the query, its L tokens: the nearest words and two maps [L, H, W] or None, as in search.
     """
-    small, middle = ImageFont.load_default(12), ImageFont.load_default(15)
     labels = ("owns (Eq. 1)", "looks at (Eq. 4)")
     rows = [(label, m) for label, m in zip(labels, maps, strict=True) if m is not None]
-    step, row = TILE + 6, TILE + 22
+    step, row, per_line = TILE + 6, TILE + 22, min(len(words), 6)
     block = len(rows) * row + 30  # the height of a line of tokens
-    per_line = min(len(words), 6)
     left = max(per_line * step, 2 * SIDE) + 2 * MARGIN
     lines = textwrap.wrap(f"that {text}", 24) if text.strip() else ["(no text)"]
     top = max(SIDE, 20 * len(lines)) + 2 * MARGIN
@@ -127,24 +115,26 @@ def contact_sheet(query, text, words, maps, found, scores):
     across, cell = min(ACROSS, len(found)), PHOTO + 44
     bottom = max(bottom, MARGIN + -(-len(found) // across) * cell)
     sheet = Image.new("RGB", (left + MARGIN + across * (PHOTO + MARGIN), bottom), "white")
-    pen = ImageDraw.Draw(sheet)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+
+    def write(x, y, text, color="black", width=PHOTO):
+        pen.text((x, y), shortened(text, font, width), color, font)
 
     paste(sheet, query, MARGIN, MARGIN, SIDE)
-    beside = MARGIN * 2 + SIDE, MARGIN
-    pen.multiline_text(beside, "\n".join(lines), fill="black", font=middle, spacing=5)
+    pen.text((MARGIN * 2 + SIDE, MARGIN), "\n".join(lines), "black", spacing=5, font_size=15)
     query = scaled(query, TILE)
     for i, word in enumerate(words):
         x, y = MARGIN + i % per_line * step, top + i // per_line * block
-        pen.text((x, y), shortened(f"u{i + 1} {word}", small, TILE + 4), fill="black", font=small)
+        write(x, y, f"u{i + 1} {word}", width=TILE + 4)
         for n, (label, weights) in enumerate(rows):
             if x == MARGIN:
-                pen.text((x, y + 17 + n * row), label, fill=GREY, font=small)
+                write(x, y + 17 + n * row, label, GREY)
             paste(sheet, overlay(query, weights[i]), x, y + 34 + n * row, TILE)
 
     for i, (path, score) in enumerate(zip(found, scores, strict=True)):
         x, y = left + MARGIN + i % across * (PHOTO + MARGIN), MARGIN + i // across * cell
         paste(sheet, blip_lite.to_rgb(open_image(path)), x, y, PHOTO)
-        pen.text((x, y + PHOTO + 3), f"{i + 1}.  {score:.3f}", fill="black", font=small)
+        write(x, y + PHOTO + 3, f"{i + 1}.  {score:.3f}")
         name = os.fsencode(os.path.basename(path)).decode(errors="replace")
-        pen.text((x, y + PHOTO + 18), shortened(name, small, PHOTO), fill=GREY, font=small)
+        write(x, y + PHOTO + 18, name, GREY)
     return sheet

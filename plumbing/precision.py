@@ -1,8 +1,7 @@
-"""In which precision BLIP and the query side run, and how BLIP is opened for a command."""
+"""In which precision networks run, and how a command opens BLIP."""
 
 import ctypes
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,33 +10,27 @@ import blip_lite
 
 
 def cpu_flags():
-    """What the processor says it can do, as Linux lists it ("avx2", "amx_bf16", ...); empty
-    elsewhere."""
+    """What the processor can do, as Linux lists it: "avx2", "amx_bf16", ..."""
     info = Path("/proc/cpuinfo")
     return set(info.read_text().split()) if info.exists() else set()
 
 
 def pick_precision(device):
-    """"bf16" where this device multiplies bfloat16 matrices in hardware, else "fp32"; never
-    timed."""
+    """"bf16" where this device multiplies bfloat16 matrices in hardware, else "fp32"."""
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} else "fp32"
 
 
 def autocast(device, precision):
-    """The context in which networks run: bfloat16 autocast for "bf16", nothing for "fp32"."""
-    if precision == "bf16":
-        return torch.autocast(torch.device(device).type, torch.bfloat16)
-    return nullcontext()
+    """The context in which networks run."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, precision == "bf16")
 
 
 def open_blip(settings, round_weights=True):
-    """The frozen BLIP that a dict of options names -> blip, precision ("bf16" or "fp32") to run it
-    in.
+    """A command's frozen BLIP, and the precision to run it in, "bf16" or "fp32".
 
-    Reads blip, vocab, image_size, device, precision and threads. round_weights=False leaves its
-    weights in float32, for a caller that copies some of them first and then rounds the rest itself.
+    round_weights=False is for a caller that first copies some of the float32 weights.
     """
     keep_freed_memory()
     if settings["threads"]:
@@ -51,10 +44,7 @@ def open_blip(settings, round_weights=True):
 
 
 def round_frozen_weights(blip, precision):
-    """Round a frozen BLIP's matrices to bfloat16 once; autocast would do so at every call.
-
-    The values are the same. Afterwards BLIP only runs under `autocast`.
-    """
+    """Round matrices to bfloat16 once, not at every call; from now on BLIP needs autocast."""
     if precision == "bf16":
         for module in blip.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
@@ -62,13 +52,11 @@ def round_frozen_weights(blip, precision):
 
 
 def keep_freed_memory():
-    """Ask glibc to keep freed memory for the next allocation.
+    """Ask glibc, where there is one, to keep freed memory for the next allocation.
 
-    By default it returns large blocks to the kernel, which zeroes them again at every step: on a
-    CPU a sixth of a full-size training step (tests/speed.py step). Does nothing except on Linux.
+    The kernel zeroes what is returned to it: a sixth of a full-size step on a CPU (tests/speed.py).
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        # M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never) and M_TOP_PAD
         for option, value in ((-4, 0), (-1, -1), (-2, 2**28)):
-            libc.mallopt(option, value)
+            libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never), M_TOP_PAD

@@ -1,5 +1,4 @@
-"""Several processes under torchrun: how they meet and what they exchange. With one, all of it does
-nothing."""
+"""How processes under torchrun meet and what they exchange; a single one does nothing here."""
 
 import os
 import warnings
@@ -21,7 +20,6 @@ def wait_for_all():
 
 
 def from_the_first(value):
-    """The value that the first process holds."""
     values = [value]
     if process()[1] > 1:
         dist.broadcast_object_list(values)
@@ -29,10 +27,10 @@ def from_the_first(value):
 
 
 def gather(x):
-    """[b, E] of this process -> [B, E] of all processes, in the order of their ranks.
+    """[b, E] of this process -> [B, E] of all, in the order of ranks.
 
-    Gradients flow through this process's rows only; DDP averages them, so the caller multiplies the
-    loss by the number of processes.
+    Gradients flow through its own rows only, and DDP averages them: the caller multiplies the loss
+    by the number of processes.
     """
     rank, processes = process()
     if processes == 1:
@@ -44,8 +42,7 @@ def gather(x):
 
 
 def agree(*values):
-    """The mean over all processes of some scalars, the first a tensor, as floats; one GPU sync for
-    all."""
+    """Means over all processes of some scalars, the first a tensor, as floats; one sync for all."""
     like = dict(dtype=torch.float32, device=values[0].device)
     values = torch.stack([torch.as_tensor(v, **like) for v in values])
     if process()[1] > 1:
@@ -54,10 +51,9 @@ def agree(*values):
 
 
 def join_processes(device):
-    """Under torchrun, join the other processes -> this process's device: its own GPU, or the CPU.
+    """Under torchrun, join the other processes -> this one's device: its own GPU, or the CPU.
 
-    They talk by nccl on CUDA, by gloo on CPUs. Without torchrun returns `device`. Raises ValueError
-    if there are more processes than GPUs, or if they cannot meet.
+    Raises ValueError if there are more processes than GPUs, or if they cannot meet.
     """
     if "WORLD_SIZE" not in os.environ:
         return device
@@ -67,14 +63,13 @@ def join_processes(device):
             raise ValueError(f"more processes than GPUs here ({count}); lower --nproc_per_node")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    # DDP warns of another memory layout of 1x1 convolutions' gradients; for 1x1 they are the same
+    # DDP warns of the memory layout of 1x1 convolutions' gradients; for 1x1 all are the same
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     try:
         hours = timedelta(hours=12)  # storing features may take long
         dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=hours)
     except (RuntimeError, ValueError) as error:  # port taken, or no first process
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the processes cannot meet at {where} ({reason}); "
+        raise ValueError(f"the processes cannot meet at {where} ({str(error).splitlines()[0]}); "
                          "`torchrun --standalone` finds a free port") from None
     return device

@@ -1,39 +1,47 @@
-"""What a training step sees: images in the order of an epoch, and what the frozen BLIP sees in
-them.
+"""What a training step sees: images in the order of an epoch, and what BLIP sees in them.
 
     data = TrainingData(settings, blip, encoder)
     for pixels, v, F_v in data.from_step(0):        # the steps of a whole run
 
-Order, augmentation and damage depend on the seed and the epoch alone: they are the same for any
-number of processes and workers, and any step is reached at once. Memory does not grow with the
-images.
+Order and augmentation depend on seed and epoch alone, not on the number of processes and workers;
+any step is reached at once. Memory does not grow with the images.
 """
 
 import sys
-from functools import partial
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import blip_lite
 from plumbing.command import ignore_signals
 from plumbing.features import bytes_per_image, image_features
-from plumbing.images import find_images
+from plumbing.images import SKIP, find_images
 from plumbing.precision import autocast
 from plumbing.processes import process, wait_for_all
 
-RUN = 1000  # neighbours on disk that an epoch's shuffle keeps together, up to --shuffle-buffer
+RUN = 1000  # neighbours on disk that an epoch's shuffle keeps within one buffer
+
+
+def encode_training_images(blip, images, settings, maps=False):
+    """image_features that names damaged images; ValueError for over 1 % unless they are skipped."""
+    s = {"workers": 1, "skip_bad_images": False} | settings
+    features = image_features(blip, images, s["cache_dir"], maps, skip_bad=True, what="training "
+                              "images", precision=s["precision"], workers=s["workers"])
+    bad, found = features.bad, f"{len(features.bad)} of {len(images)} images"
+    if bad and process()[0] == 0:
+        for why in [*list(bad.values())[:10], f"{found} are damaged"]:
+            print(f"skipped: {why}", file=sys.stderr)
+    if len(bad) > 0.01 * len(images) and not s["skip_bad_images"]:
+        raise ValueError(f"{found} in {s['images']} are damaged, which is more than 1 %; {SKIP}")
+    return features
 
 
 class TrainingData:
-    """The unlabeled images of a run, and BLIP's v and F^v of each, stored or computed at every
-    step.
+    """The images of a run, and BLIP's v and F^v of each, stored or computed at every step.
 
-    settings: the dict of train.py's options. encoder: the light encoder, for its image_size and
-    normalization. count: readable images; batch: images a step over all processes; steps: of the
-    run. Raises ValueError if more than 1 % of the images are damaged (unless skip_bad_images) and
-    if there are fewer than two for each process.
+    settings: train.py's options. count: readable images; batch: images a step over all processes;
+    steps: of the run. ValueError for too many damaged images, and for fewer than two a process.
     """
 
     def __init__(self, settings, blip, encoder):
@@ -45,12 +53,12 @@ class TrainingData:
         if rank == 0:
             wait_for_all()  # the first process writes the list of images, the others read it
             v, F_v = (size * len(images) / 1e9 for size in bytes_per_image(blip))
-            print(f"{len(images)} images: v {v:.3g} GB, F^v {F_v:.3g} GB; "
-                  f"--cache {settings['cache']}")
-        self.needs_maps = "lar" in settings["loss"]
-        features = None
+            sizes = f"v {v:.3g} GB, F^v {F_v:.3g} GB"
+            print(f"{len(images)} images: {sizes}; --cache {settings['cache']}")
+        self.needs_maps, features = "lar" in settings["loss"], None
         if settings["cache"] != "none" and settings["gallery"] == "blip":
-            features = self.store(images)
+            maps = self.needs_maps and settings["cache"] == "full"
+            features = encode_training_images(blip, images, settings, maps)
         self.bad = sorted(features.bad) if features else []
         self.count = len(images) - len(self.bad)
         self.batch = min(settings["batch"], self.count // processes * processes)
@@ -59,37 +67,15 @@ class TrainingData:
                              "needs at least two for each process")
         self.steps = settings["epochs"] * (self.count // self.batch)
         stored = features is not None and (features.F_v is not None or not self.needs_maps)
-        to_blip = None
-        if settings["gallery"] == "blip" and not stored:  # BLIP looks at the images at every step
-            to_blip = partial(blip_lite.to_pixels, image_size=blip.image_size,
-                              mean=blip_lite.MEAN, std=blip_lite.STD)
+        to_blip = blip.preprocess if settings["gallery"] == "blip" and not stored else None
         self.samples = TrainingImages(images, encoder, settings, features, to_blip)
-
-    def store(self, images):
-        """v, and F^v if LAR needs it and --cache is full, of all images -> Features."""
-        s, (rank, _) = self.settings, process()
-        maps = self.needs_maps and s["cache"] == "full"
-        features = image_features(self.blip, images, s["cache_dir"], maps, skip_bad=True,
-                                  precision=s["precision"], workers=s["workers"],
-                                  what="training images")
-        bad = features.bad
-        if rank == 0:
-            for why in list(bad.values())[:10]:
-                print(f"skipped: {why}", file=sys.stderr)
-        if len(bad) > 0.01 * len(images) and not s["skip_bad_images"]:
-            raise ValueError(f"{len(bad)} of {len(images)} images in {s['images']} are damaged, "
-                             "which is more than 1 %; fix them, or train without them by "
-                             "--skip-bad-images")
-        if bad and rank == 0:
-            print(f"skipped: {len(bad)} of {len(images)} images are damaged", file=sys.stderr)
-        return features
 
     def from_step(self, first):
         """Yield pixels [b, 3, S, S], v [b, E], F_v [b, 1+N, D] for each step from `first` on.
 
-        b = batch / processes. All float32, on BLIP's device; F_v is None if LAR does not need it,
-        and so is v if the query side encodes the gallery itself. Damaged images are reported,
-        counted and replaced by their neighbours; raises ValueError for more than 1 %.
+        b = batch / processes. All float32, on BLIP's device; F_v is None if LAR does not need it, v
+        if the query side encodes the gallery. Neighbours stand in for images that are damaged
+        meanwhile; ValueError for more than 1 %.
         """
         s, device, (rank, processes) = self.settings, self.blip.temp.device, process()
         order = batches(self.count, self.bad, self.batch, s["seed"], first, self.steps,
@@ -100,16 +86,15 @@ class TrainingData:
         damaged = set()
         for step, (pixels, blip_pixels, v, F_v, bad) in enumerate(loader, start=first):
             if pixels is None:
-                first_of = next(iter(bad.values()))
-                raise ValueError(f"a hundred damaged images in a row, the first: {first_of}")
+                raise ValueError("a hundred damaged images in a row, the first: "
+                                 f"{next(iter(bad.values()))}")
             for why in bad.values():
                 print(f"skipped: {why}", file=sys.stderr)
             damaged |= bad.keys()
             seen = (step + 1 - first) * self.batch / processes
             if len(damaged) > max(10, 0.01 * seen) and not s["skip_bad_images"]:
                 raise ValueError(f"{len(damaged)} images, more than 1 %, were damaged or missing "
-                                 f"up to step {step + 1}; fix them, or train without them by "
-                                 "--skip-bad-images")
+                                 f"up to step {step + 1}; {SKIP}")
             pixels, blip_pixels, v, F_v = (x if x is None else x.to(device, non_blocking=True)
                                            for x in (pixels, blip_pixels, v, F_v))
             if blip_pixels is not None:
@@ -119,13 +104,8 @@ class TrainingData:
             yield pixels, *(x if x is None else x.float() for x in (v, F_v))
 
 
-class TrainingImages(Dataset):
-    """(epoch, i) -> image i as the query model sees it in that epoch, and what the step needs
-    besides.
-
-    to_blip: PIL image -> BLIP's pixels, where BLIP looks at the images at every step; or features,
-    where they are stored. Augmentation is a pure function of seed, epoch and i.
-    """
+class TrainingImages:
+    """(epoch, i) -> image i as the query model sees it in that epoch, a function of the seed."""
 
     def __init__(self, images, encoder, settings, features=None, to_blip=None):
         self.images, self.features, self.to_blip = images, features, to_blip
@@ -133,14 +113,14 @@ class TrainingImages(Dataset):
         self.seed, self.augment = settings["seed"], None
         crop, flip, randaugment = (settings[name] for name in ("crop", "flip", "randaugment"))
         if crop < 1 or flip or randaugment:
-            from plumbing.augment import augmentation  # here: importing torchvision takes seconds
+            from plumbing.augment import augmentation
 
             self.augment = augmentation(self.size, crop, flip, randaugment)
 
     def __getitem__(self, epoch_and_row):
         """-> i, pixels [3, S, S], BLIP's pixels or None, {row: why it is damaged}.
 
-        The next image stands in for a damaged one; after a hundred of them i is None.
+        The next image stands in for a damaged one; after a hundred i is None.
         """
         epoch, row = epoch_and_row
         damaged = {}
@@ -157,16 +137,12 @@ class TrainingImages(Dataset):
                     seen = self.augment(image)
             pixels = blip_lite.to_pixels(seen, self.size, *self.normalization)
             return i, pixels, self.to_blip(image) if self.to_blip else None, damaged
-        return None, None, None, damaged  # an error in a worker reaches the user as a traceback
+        return None, None, None, damaged  # an error here would end as a worker's traceback
 
     def collate(self, samples):
-        """Samples -> pixels [b, 3, S, S], BLIP's pixels, v [b, E], F_v [b, 1+N, D] (float16),
-        damaged.
-
-        pixels is None if one of the samples found a hundred damaged images in a row.
-        """
+        """Samples -> pixels [b, 3, S, S], BLIP's pixels, v [b, E], F_v [b, 1+N, D], damaged."""
         rows, pixels, blip_pixels, damaged = zip(*samples, strict=True)
-        if None in rows:
+        if None in rows:  # a hundred damaged images in a row
             return None, None, None, None, damaged[rows.index(None)]
         stored = (self.features.v, self.features.F_v) if self.features else (None, None)
         v, F_v = (x if x is None else torch.from_numpy(x[rows]) for x in stored)
@@ -176,10 +152,9 @@ class TrainingImages(Dataset):
 
 
 def epoch_order(n, seed, epoch, buffer, start=0):
-    """The numbers 0 .. n-1, each once, in the order of one epoch from place `start` on.
+    """Yield 0 .. n-1 in the order of one epoch from place `start` on, at most `buffer` at a time.
 
-    Yields arrays of at most `buffer`. Runs of neighbours on disk are shuffled, then every `buffer`
-    images that follow each other; memory holds the buffer and one number for each run.
+    Runs of neighbours on disk are shuffled, then each `buffer`.
     """
     random = np.random.default_rng((seed, epoch))
     shift, runs = random.integers(n), random.permutation(n // RUN)  # the incomplete run moves
@@ -192,11 +167,9 @@ def epoch_order(n, seed, epoch, buffer, start=0):
 
 
 def batches(n, bad, batch, seed, first_step, steps, buffer, rank=0, processes=1):
-    """Lists of (epoch, row): this process's share of each step's batch.
+    """Yield lists of (epoch, row): this process's share of each step's batch.
 
-    Each epoch has a new order, and its last incomplete batch is dropped. n counts the rows that are
-    not in `bad` (sorted). A step's batch is the same for any number of processes and any first
-    step.
+    An epoch's last incomplete batch is dropped. n counts the rows that are not in `bad` (sorted).
     """
     per_epoch, share = n // batch, batch // processes
     bad = np.asarray(bad) - np.arange(len(bad))

@@ -378,6 +378,6 @@ def test_damaged_images_are_left_out_or_refused(searle, images, tmp_path):
         shutil.copytree(images / folder.name, folder)
         (folder / "x.png").write_bytes(b"none")
         done = searle(images=folder, count=4, name=folder.name)
-        assert done.status == status and "left out:" in done.err and "x.png" in done.err
+        assert done.status == status and "skipped:" in done.err and "x.png" in done.err
         counts = f"1 of {sound + 1} images in {folder} are damaged"  # of ten: more than 1 %
         assert status == 0 or counts in done.message

@@ -225,8 +225,8 @@ def photos(images, small_world, tmp_path):
 
 
 def test_many_damaged_images_are_an_error_unless_skipped(make, photos, tmp_path, capsys):
-    with pytest.raises(ValueError, match="3 of 27 images in .*photos are damaged, .*; fix them, or "
-                                         "train without them by --skip-bad-images"):
+    with pytest.raises(ValueError, match="3 of 27 images in .*photos are damaged, .*; fix or "
+                                         "remove them, or .* skip them with --skip-bad-images"):
         make(photos(3))
     err = capsys.readouterr().err
     assert all(f"skipped: {tmp_path}/photos/bad{i}.png: " in err for i in range(3))
@@ -254,7 +254,7 @@ def test_images_that_are_lost_during_the_run(make, photos, capsys, lost, skip):
         assert "skipped: " + str(folder / "000000.png: there is no such") in capsys.readouterr().err
     else:
         with pytest.raises(ValueError, match="[12][0-9] images, more than 1 %, were damaged or "
-                                             r"missing up to step \d; fix them"):
+                                             r"missing up to step \d; fix or remove"):
             list(steps)
 
 
