@@ -1,4 +1,4 @@
-"""train.py: its options and learning rate, and whole runs: variants, stop and resume, torchrun."""
+"""train.py: options, learning rate, and whole runs: variants, stop and resume, torchrun."""
 
 import json
 import math
@@ -139,7 +139,7 @@ def test_variants_train_and_are_read_again(here, pocket_blip, name):
 
 
 def test_the_log_holds_the_accuracy_of_matching(here, monkeypatch):
-    """Of the last step: how often BLIP's matching head told a matched pair from a wrong one."""
+    """Of the last step: the share of pairs that BLIP's matching head judges rightly."""
     lar, right = isa.local_alignment_regularization, []
 
     def recorded(*arguments, **more):
@@ -177,7 +177,7 @@ def test_a_tuned_copy_starts_as_blip_in_full_precision(pocket_blip, here):
 
 # ---------------------------------------------------------------------- stop and resume
 def killed():
-    raise MemoryError  # nothing in train.py may catch it: seen from the disk, as good as SIGKILL
+    raise MemoryError  # nothing in train.py may catch it: on disk, as good as SIGKILL
 
 
 def terminated():
