@@ -313,9 +313,10 @@ def test_eq7(blip, batch):
         lar(blip, *(x[:1] for x in batch))
 
 
-@pytest.mark.parametrize("temperature", [0.4, 0.004])  # at 0.004 the floor of 1e-4 decides for some
+@pytest.mark.parametrize("temperature", [0.4, 0.05])  # at 0.05 the floor of 1e-4 decides for some
 def test_hard_negatives_follow_the_stated_distribution(temperature):
-    v, t, times = unit(4, 3, seed=7), unit(4, 3, seed=8), 3000
+    v, times = unit(4, 3, seed=7), 3000
+    t = nn.functional.normalize(v + 0.5 * unit(4, 3, seed=8), dim=-1)
     torch.manual_seed(0)
     counts = np.zeros((2, 4, 4))
     for _ in range(times):

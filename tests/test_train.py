@@ -1,4 +1,4 @@
-"""train.py: its options and learning rate, and whole runs: variants, stop and resume, torchrun."""
+"""train.py: options, learning rate, and whole runs: variants, stop and resume, torchrun."""
 
 import json
 import math
@@ -111,7 +111,7 @@ LEARNERS = {"st": set(), "no-ca": {"Q_r"}, "no-sa": {"Q_c"}, "mlp": set(), "pic2
 def test_variants_train_and_are_read_again(here, pocket_blip, name):
     """Every trained weight moves, the frozen BLIP does not; the log has the terms of the loss."""
     frozen = {key: x.clone() for key, x in pocket_blip.state_dict().items()}
-    run = here(name, *VARIANTS[name].split(), "--lr", "1e-2")
+    run = here(name, *VARIANTS[name].split(), "--lr", "1e-2", "--weight-decay", 0)
     model, settings = query_side.load_query_model(run / "isa.pt", pocket_blip)
     torch.manual_seed(0)
     start = query_side.build_query_model(settings, pocket_blip).state_dict()
@@ -139,7 +139,7 @@ def test_variants_train_and_are_read_again(here, pocket_blip, name):
 
 
 def test_the_log_holds_the_accuracy_of_matching(here, monkeypatch):
-    """Of the last step: how often BLIP's matching head told a matched pair from a wrong one."""
+    """Of the last step: the share of pairs that BLIP's matching head judges rightly."""
     lar, right = isa.local_alignment_regularization, []
 
     def recorded(*arguments, **more):
@@ -177,7 +177,7 @@ def test_a_tuned_copy_starts_as_blip_in_full_precision(pocket_blip, here):
 
 # ---------------------------------------------------------------------- stop and resume
 def killed():
-    raise MemoryError  # nothing in train.py may catch it: seen from the disk, as good as SIGKILL
+    raise MemoryError  # nothing in train.py may catch it: on disk, as good as SIGKILL
 
 
 def terminated():
@@ -230,6 +230,13 @@ def torchrun(processes, script, *options, cwd):
                           timeout=300)
 
 
+def state(run):
+    """Weights, and AdamW's means of gradients, which alone show the scale of the loss."""
+    last = torch.load(run / "last.pt", weights_only=True)
+    means = [x["exp_avg"] for x in last["optimizer"]["state"].values()]
+    return [*last["query_model"].values(), *means]
+
+
 STOPPED = f"""
 import os, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -254,19 +261,17 @@ def test_torchrun_trains_as_one_process_and_resumes_with_any_number(images, tmp_
     for n, name in ((1, "one"), (2, "two")):
         done = torchrun(n, ROOT / "train.py", *options, name, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count(f"wrote runs/{name}/isa.pt") == 1
-        assert done.stdout.count("steps 0..12") == 1
+        assert done.stdout.count(f"wrote runs/{name}/isa.pt") == done.stdout.count("0..12") == 1
     done = torchrun(2, tmp_path / "stopped.py", *options, "parts", cwd=tmp_path)
     assert done.returncode and done.stdout.count("stopped after step 5") == 1, done.stderr
     one, two, parts = (tmp_path / "runs" / name for name in ("one", "two", "parts"))
     assert torch.load(parts / "last.pt", weights_only=True)["step"] == 5
     done = torchrun(1, ROOT / "train.py", *options, "parts", "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    expected = weights(one)
     for run in (two, parts):
-        found, (row,) = weights(run), log(run)
-        assert all((x - found[k]).abs().max() <= 2e-4 * x.abs().max() for k, x in expected.items())
-        assert row["gcd"] == pytest.approx(log(one)[0]["gcd"], rel=1e-4)
+        for x, y in zip(state(one), state(run), strict=True):
+            assert (x - y).norm() <= 1e-3 * x.norm()
+        assert log(run)[0]["gcd"] == pytest.approx(log(one)[0]["gcd"], rel=1e-3)
 
 
 def test_torchrun_trains_with_both_losses(images, tmp_path):
@@ -274,10 +279,9 @@ def test_torchrun_trains_with_both_losses(images, tmp_path):
     assert done.returncode == 0 and "24 images, steps 0..3" in done.stdout, done.stderr
     (row,) = log(tmp_path / "runs/pocket")
     assert row["step"] == 3 and math.isfinite(row["lar"]) and 0 <= row["matched"] <= 1
-    folders = [path for path in (tmp_path / "cache").iterdir() if path.name != ".lock"]
-    stored = {path.name.split("-")[0]: path for path in folders}
-    assert stored.keys() == {"images", "features"} and len(folders) == 2
-    v = np.asarray(Features(stored["features"]).v, np.float32)
+    features, listed = sorted((tmp_path / "cache").glob("[!.]*"))  # without the lock
+    assert listed.name.startswith("images-")
+    v = np.asarray(Features(features).v, np.float32)
     assert np.abs(np.linalg.norm(v, axis=1) - 1).max() < 1e-3  # both processes' shares
 
 
