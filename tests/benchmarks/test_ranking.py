@@ -1,11 +1,11 @@
-"""Exact ranking against sorting every pair by itself, on galleries that a float32 product gets wrong."""
+"""Exact ranking against a sort of all pairs, on galleries that a float32 product gets wrong."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from trees import cirr_tree, fashioniq_tree, refused, write
+from trees import cirr_tree, fashioniq_tree, refused
 
 import benchmarks
 from benchmarks import ranking
@@ -30,7 +30,7 @@ def top_k_cases():
     cases = {"random": (query, gallery), "all equal": (query, gallery[:1].repeat(90, 1))}
     cases["copies"] = query, gallery[torch.randint(0, 9, (90,), generator=generator)]
     cases["few values"] = query[:, :4].sign(), gallery[:, :4].round().clamp(-1, 1)
-    cases["zeros"] = query * (torch.arange(6) % 2)[:, None], gallery * (torch.arange(90) % 3 > 0)[:, None]
+    cases["zeros"] = query * torch.eye(2, 1).repeat(3, 1), gallery * torch.eye(3, 1).repeat(30, 1)
     scales = torch.logspace(0, 18, 90)[torch.randperm(90, generator=generator), None]
     cases["huge"] = query * 1e18, gallery * scales
     cases["overflow"] = query * 1e25, gallery * torch.logspace(-25, 17, 90).flip(0)[:, None]
@@ -54,21 +54,20 @@ def test_top_k_is_exact(name):
     for chunk in (1, 7, 40, 90, 4096):
         for k in (1, 2, 13, 90, 1000):
             best = benchmarks.top_k(query, gallery, k, chunk=chunk)
-            assert best.dtype == torch.int64 and best.tolist() == [r[:k] for r in whole], (chunk, k)
+            assert best.dtype == torch.int64
+            assert best.tolist() == [row[:k] for row in whole], (chunk, k)
             best = benchmarks.top_k(query, gallery, k, exclude, chunk).tolist()
             assert best == [row[:min(k, 89)] for row in left], (chunk, k)
 
 
 def test_copies_tie_at_any_place():
-    """More than one block of queries; copies and near-copies lie far apart and fill the cut at k."""
+    """More than one block of queries; copies and near-copies lie far apart and at the cut."""
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(1030, 64, generator=generator)
     gallery = torch.randn(600, 64, generator=generator)
     gallery = torch.cat([gallery, gallery * (1 + 2**-22), gallery, gallery * (1 - 2**-22)])
     pairs = [(query.numpy().astype(np.float64) * row).sum(1) for row in gallery.numpy()]
     order = np.argsort(-np.array(pairs).T.astype(np.float32), axis=1, kind="stable")
-    place = order.argsort(axis=1)
-    assert (place[:, 1200:1800] > place[:, :600]).all()
     for chunk in (130, 1000, 4096):
         for k in (1, 10, 50):
             best = benchmarks.top_k(query, gallery, k, chunk=chunk).numpy()
@@ -79,7 +78,7 @@ def test_copies_tie_at_any_place():
 
 
 def test_top_k_compares_few_pairs_in_float64(monkeypatch):
-    """Exactness does not need it, speed does: also where every chunk is better than those before."""
+    """Speed needs it, also where every chunk is better than all before."""
     count, similarity = [], ranking._similarity
     monkeypatch.setattr(ranking, "_similarity",
                         lambda q, rows, i, j: count.append(len(i)) or similarity(q, rows, i, j))
@@ -89,7 +88,7 @@ def test_top_k_compares_few_pairs_in_float64(monkeypatch):
     for images in (gallery, gallery[(gallery @ query[0]).argsort()]):
         count.clear()
         benchmarks.top_k(query, images, 10, chunk=200)
-        assert sum(count) < 20 * 4000 * 0.12
+        assert sum(count) < 20 * 4000 / 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -105,9 +104,8 @@ def test_top_k_of_a_file(tmp_path, dtype):
     gallery, path = gallery.numpy().astype(dtype), tmp_path / "g.npy"
     wanted = brute_top_k(query, torch.from_numpy(gallery), 20, [3] * 6)
     np.save(path, gallery)
-    for chunk in (1, 7, 90, 4096):
-        for file in (path, str(path)):
-            assert benchmarks.top_k(query, file, 20, [3] * 6, chunk).tolist() == wanted
+    for chunk, file in [(1, path), (7, str(path)), (90, path), (4096, path)]:
+        assert benchmarks.top_k(query, file, 20, [3] * 6, chunk).tolist() == wanted
     gallery[-1, -1] = np.inf
     np.save(path, gallery)
     with refused(ValueError, "NaN or infinity"):
@@ -122,14 +120,13 @@ def test_top_k_refuses_files(tmp_path):
         benchmarks.top_k(query[:, 1:], good, 1)
     with refused(FileNotFoundError, "no.npy is missing"):
         benchmarks.top_k(query, tmp_path / "no.npy", 1)
-    write(tmp_path / "text.npy", "not an array")
-    write(tmp_path / "empty.npy", "")
+    (tmp_path / "text.npy").write_text("not an array")
+    (tmp_path / "empty.npy").touch()
     (tmp_path / "cut.npy").write_bytes(good.read_bytes()[:-5])
     (tmp_path / "folder.npy").mkdir()
-    np.save(tmp_path / "double.npy", gallery.astype(np.float64))
-    np.save(tmp_path / "flat.npy", gallery[0])
-    np.save(tmp_path / "big-endian.npy", gallery.astype(">f4"))
-    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    for name, array in {"double": gallery.astype(float), "flat": gallery[0], "objects": [{}],
+                        "big-endian": gallery.astype(">f4")}.items():
+        np.save(tmp_path / f"{name}.npy", array, allow_pickle=True)
     np.savez(tmp_path / "many.npz", gallery)
     for path in set(tmp_path.iterdir()) - {good}:
         with refused(ValueError, path.name, "write it again"):
@@ -151,21 +148,24 @@ def test_top_k_refuses():
 def test_rank(tmp_path, name):
     tree, category = (cirr_tree, None) if name == "cirr" else (fashioniq_tree, "dress")
     benchmark = benchmarks.load(name, tree(tmp_path), category=category)
-    place = [benchmark.gallery.index(query.reference) for query in benchmark.queries]
     gallery = torch.eye(len(benchmark.gallery))
-    # The reference is the most similar, all else ties.
-    rankings = benchmarks.rank(benchmark, gallery[place], gallery)
-    for query in benchmark.queries:
-        rest = [image for image in benchmark.gallery if image != query.reference]
-        assert rankings[query.id] == ([] if name == "cirr" else [query.reference]) + rest
-    if name == "cirr":
-        subsets = benchmarks.rank_subsets(benchmark, gallery[[4, 6]], gallery)
-        first = {"12": "dev-4-0-img0", "40": "dev-6-0-img0"}
-        assert subsets == {query.id: sorted(query.subset, key=lambda n, i=query.id: n != first[i])
-                           for query in benchmark.queries}
-    query = gallery[place]
+    query = gallery[[benchmark.gallery.index(query.reference) for query in benchmark.queries]]
+    rankings = benchmarks.rank(benchmark, query, gallery)  # reference most similar, the rest ties
+    for asked in benchmark.queries:
+        rest = [image for image in benchmark.gallery if image != asked.reference]
+        assert rankings[asked.id] == ([] if name == "cirr" else [asked.reference]) + rest
     for rank in (benchmarks.rank, benchmarks.rank_subsets)[:1 + (name == "cirr")]:
         for bad in [(query[:1], gallery), (query, gallery[:-1]), (query[:, :1], gallery),
                     (query, gallery * math.nan)]:
             with refused(ValueError, "features"):
                 rank(benchmark, *bad)
+
+
+def test_rank_subsets(tmp_path):
+    benchmark = benchmarks.load("cirr", cirr_tree(tmp_path))
+    for query in benchmark.queries:
+        query.subset.reverse()
+    gallery = torch.eye(8)
+    ranked = benchmarks.rank_subsets(benchmark, gallery[[4, 6]], gallery)  # but for one, all tie
+    wanted = {"12": [4, 1, 2, 3, 5], "40": [6, 2, 3, 4, 7]}
+    assert ranked == {key: [benchmark.gallery[i] for i in row] for key, row in wanted.items()}

@@ -10,11 +10,12 @@ from trees import CIRR_NAMES, circo_tree, cirr_tree, edited, fashioniq_tree, ref
 import benchmarks
 from benchmarks import Query
 
+TREES = {"cirr": cirr_tree, "fashioniq": fashioniq_tree, "circo": circo_tree}
 real = pytest.mark.skipif(not (DATA / "cirr" / "captions").is_dir(),
                           reason="no real annotations: set ISA_SHARED to their folder")
 
 
-# ------------------------------------------------------------------------------ real annotations
+# ---- real annotations
 @real
 @pytest.mark.parametrize("split, queries, gallery, references", [
     ("val", 4181, 2297, 2165), ("test1", 4148, 2315, 2178)])
@@ -41,30 +42,22 @@ def test_cirr_irregularities():
     for query, entry in zip(val, entries, strict=True):  # members by name: ranks are no indices
         assert {*query.subset, query.reference} == set(entry["img_set"]["members"])
         assert query.captions == [entry["caption"].strip()]
-    assert val[0] == Query(
-        "12060", "dev-244-0-img0", ["show three bottles of soft drink"], ["dev-1028-1-img1"],
-        ["dev-430-3-img0", "dev-63-0-img1", "dev-1028-1-img1", "dev-1028-2-img1", "dev-1028-2-img0"])
+    assert (val[0].id, val[0].reference) == ("12060", "dev-244-0-img0")
     assert any("façade" in query.captions[0] for query in val)
     test = benchmarks.load("cirr", DATA / "cirr", "test1").queries
     assert [query.id for query in test if query.captions == [""]] == ["27098"]
 
 
 @real
-@pytest.mark.parametrize("category, queries, gallery, references, changed, short", [
-    ("dress", 2017, 3817, 1331, 270, []), ("shirt", 2038, 6346, 1541, 207, [1928]),
-    ("toptee", 1961, 5373, 1454, 453, [676, 1076])])
-def test_fashioniq_counts(category, queries, gallery, references, changed, short):
+@pytest.mark.parametrize("category, queries, gallery, references, short", [
+    ("dress", 2017, 3817, 1331, []), ("shirt", 2038, 6346, 1541, [1928]),
+    ("toptee", 1961, 5373, 1454, [676, 1076])])
+def test_fashioniq_counts(category, queries, gallery, references, short):
     benchmark = benchmarks.load("fashioniq", DATA / "fashioniq", category=category)
     assert len(benchmark.gallery) == gallery
     assert [query.id for query in benchmark.queries] == [str(i) for i in range(queries)]
     assert len({query.reference for query in benchmark.queries}) == references
     assert len({query.targets[0] for query in benchmark.queries}) == queries
-    captions = DATA / "fashioniq" / "captions" / f"cap.{category}.val.json"
-    pairs = [(query, text) for query, entry in
-             zip(benchmark.queries, json.loads(captions.read_text()), strict=True)
-             for text in entry["captions"]]
-    # captions that lose more than blanks
-    assert sum(text.strip() not in (*query.captions, "") for query, text in pairs) == changed
     assert [i for i, query in enumerate(benchmark.queries) if len(query.captions) == 1] == short
     assert all(t and t == t.strip("?., ") for query in benchmark.queries for t in query.captions)
 
@@ -81,14 +74,13 @@ def test_circo_counts(split, queries, references):
     assert (sum(truths), min(truths), max(truths)) == counts
     aspects = Counter(aspect for query in benchmark.queries for aspect in query.aspects)
     assert (len(aspects), aspects["negation"]) == ((9, 21) if split == "val" else (0, 0))
-    assert all(query.subset is None and query.kind == "" for query in benchmark.queries)
     if split == "val":
         first = benchmark.queries[0]
         assert (first.reference, first.targets) == ("271520", ["355099", "528417", "534704"])
         assert benchmark.paths["2097"].name == "000000002097.jpg"
 
 
-# --------------------------------------------------------------------------------------- layouts
+# ---- layouts
 @pytest.mark.parametrize("searle", [False, True])
 def test_cirr_both_trees(tmp_path, searle):
     benchmark = benchmarks.load("cirr", str(cirr_tree(tmp_path, searle)))
@@ -98,6 +90,10 @@ def test_cirr_both_trees(tmp_path, searle):
     assert benchmark.queries[0] == Query("12", CIRR_NAMES[0], ["two  dogs"], [CIRR_NAMES[1]],
                                          CIRR_NAMES[1:6], kind="one")
     assert benchmark.queries[1].captions == [""]
+    split = tmp_path / ("cirr" if searle else "") / "image_splits"
+    edited(split / "split.rc2.val.json", lambda c: c.update({CIRR_NAMES[0]: "train/7/x.png"}))
+    deep = benchmarks.load("cirr", tmp_path).paths[CIRR_NAMES[0]]
+    assert deep == folder.parent / "train" / "7" / "x.png"  # as in the training split
     (folder / "dev-3-0-img0.png").unlink()
     (folder / "dev-4-0-img0.png").write_bytes(b"")
     (folder / "dev-5-0-img0.png").unlink()
@@ -107,16 +103,6 @@ def test_cirr_both_trees(tmp_path, searle):
     assert benchmarks.missing_images(benchmark) == missing
     with refused(ValueError, "4 of 8 images of cirr", "dev-3-0-img0.png", "evaluate.py check"):
         benchmarks.require_images(benchmark)
-
-
-def test_cirr_train_subfolders(tmp_path):
-    paths = {"a": "./train/34/a.png", "b": "train/7/b.png"}
-    write(tmp_path / "image_splits" / "split.rc2.train.json", paths)
-    write(tmp_path / "captions" / "cap.rc2.train.json", [
-        {"pairid": 0, "reference": "a", "target_hard": "b", "caption": "x",
-         "img_set": {"members": ["a", "b"]}}])
-    benchmark = benchmarks.load("cirr", tmp_path, "train")
-    assert benchmark.paths == {n: tmp_path / "img_raw" / path for n, path in paths.items()}
 
 
 @pytest.mark.parametrize("extension", [".png", ".jpg"])
@@ -143,6 +129,7 @@ def test_circo_gallery_from_list_folder_or_nowhere(tmp_path, extension):
     assert nowhere.gallery == []
     assert benchmarks.missing_images(nowhere) == ["2", "7", "30", "111"]
     aspects = ["negation", "addition"]
+    # target_img_id comes first
     assert nowhere.queries[0] == Query("0", "7", ["is red"], ["30", "2"], aspects=aspects)
     # A folder without one of the ground truths is an incomplete gallery, never a smaller one.
     folder.paths["30"].unlink()
@@ -179,11 +166,10 @@ def test_check_benchmark_chooses_splits_and_lists_five_images(tmp_path, capsys):
         write(root / f"{kind}.rc2.test1.json", text.replace("./dev", "./test1"))
     with refused(ValueError, "not complete"):
         benchmarks.check_benchmark("cirr", root)
-    lines = capsys.readouterr().out.rsplit("\n\n", 1)[1].splitlines()
-    assert lines[0] == "cirr  val: 2 queries, gallery of 8, 8 of 8 images found"
-    assert lines[1] == "cirr  test1: 2 queries, gallery of 8, 0 of 8 images found"
-    folder = root / "img_raw" / "test1"
-    assert lines[2:] == [f"  missing: {folder / name}.png" for name in CIRR_NAMES[:5]]
+    assert capsys.readouterr().out.rsplit("\n\n", 1)[1].splitlines() == [
+        "cirr  val: 2 queries, gallery of 8, 8 of 8 images found",
+        "cirr  test1: 2 queries, gallery of 8, 0 of 8 images found",
+        *(f"  missing: {root}/img_raw/test1/{name}.png" for name in CIRR_NAMES[:5])]
     benchmarks.check_benchmark("cirr", root, ["val"])
     write(root / "captions" / "cap.rc2.val.json", "{")
     with refused(ValueError, "not complete"):
@@ -191,7 +177,7 @@ def test_check_benchmark_chooses_splits_and_lists_five_images(tmp_path, capsys):
     assert "cap.rc2.val.json is not usable JSON" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------- refused annotations
+# ---- refused annotations
 def test_refused_arguments(tmp_path):
     for name, category in [("coco", None), ("fashioniq", None), ("fashioniq", "hat"),
                            ("cirr", "dress")]:
@@ -210,28 +196,18 @@ def test_refused_arguments(tmp_path):
 
 @pytest.mark.parametrize("evil", ["../x", "/etc/passwd", "a/b", "..", "", ".", "a\\b", "a\0b"])
 def test_names_stay_inside_root(tmp_path, evil):
-    cirr, fashioniq = cirr_tree(tmp_path / "c"), fashioniq_tree(tmp_path / "f")
-    split = cirr / "image_splits" / "split.rc2.val.json"
-    saved = split.read_text()
-    edited(split, lambda content: content.update({evil: "./dev/x.png"}))
-    with pytest.raises(ValueError, match="split.rc2.val.json"):
-        benchmarks.load("cirr", cirr)
-    if evil != "a/b":  # a sub-folder is fine in CIRR's relative paths
-        write(split, saved)
-        whole = evil in ("", ".", "..", "../x", "/etc/passwd")
-        edited(split, lambda content: content.update(
-            {CIRR_NAMES[0]: evil if whole else f"./dev/{evil}"}))
-        with pytest.raises(ValueError, match="split.rc2.val.json.*dev-0-0-img0"):
-            benchmarks.load("cirr", cirr)
-    edited(fashioniq / "image_splits" / "split.dress.val.json", lambda names: names.append(evil))
-    edited(fashioniq / "captions" / "cap.shirt.val.json", lambda c: c[1].update(candidate=evil))
-    for category in ("dress", "shirt"):
-        with pytest.raises(ValueError, match=f"{category}.val.json"):
-            benchmarks.load("fashioniq", fashioniq, category=category)
-    circo = circo_tree(tmp_path / "o")
-    edited(circo / "annotations" / "val.json", lambda c: c[1]["gt_img_ids"].append(evil))
-    with pytest.raises(ValueError, match="val.json, entry 1.*COCO image id"):
-        benchmarks.load("circo", circo)
+    split, path = "image_splits/split.rc2.val.json", "a/../b" if evil == "a/b" else evil
+    deep = path if path in ("", ".", "..", "../x", "/etc/passwd") else f"./dev/{path}"
+    for name, file, change, word in [
+            ("cirr", split, lambda paths: paths.update({evil: "./dev/x.png"}), "plain"),
+            ("cirr", split, lambda paths: paths.update({CIRR_NAMES[0]: deep}), "dev-0.*plain"),
+            ("fashioniq", "image_splits/split.dress.val.json", lambda n: n.append(evil), "plain"),
+            ("fashioniq", "captions/cap.dress.val.json", lambda c: c[1].update(candidate=evil), ""),
+            ("circo", "annotations/val.json", lambda c: c[1]["gt_img_ids"].append(evil), "COCO")]:
+        root = TREES[name](tmp_path / name)
+        edited(root / file, change)
+        with refused(ValueError, file.split("/")[1], word):
+            benchmarks.load(name, root, category="dress" if name == "fashioniq" else None)
 
 
 @pytest.mark.parametrize("text", [
@@ -263,7 +239,7 @@ def no(key):
     ("circo", {"gt_img_ids": [111, 111]}, "listed twice"), ("circo", {"gt_img_ids": 3}, "list"),
     ("circo", {"semantic_aspects": [1]}, "semantic_aspects"), ("circo", {"id": "1"}, "'id'")])
 def test_malformed_entry(tmp_path, name, change, words):
-    root = {"cirr": cirr_tree, "fashioniq": fashioniq_tree, "circo": circo_tree}[name](tmp_path)
+    root = TREES[name](tmp_path)
     file = {"cirr": "captions/cap.rc2.val.json", "fashioniq": "captions/cap.dress.val.json",
             "circo": "annotations/val.json"}[name]
     edited(root / file, lambda content: (
@@ -273,24 +249,17 @@ def test_malformed_entry(tmp_path, name, change, words):
 
 
 def test_repeated_ids_names_and_keys(tmp_path):
-    file = cirr_tree(tmp_path / "c") / "captions" / "cap.rc2.val.json"
-    edited(file, lambda content: content[1].update(pairid=12))
-    with refused(ValueError, "cap.rc2.val.json", "repeats"):
-        benchmarks.load("cirr", tmp_path / "c")
-    split = cirr_tree(tmp_path / "c") / "image_splits" / "split.rc2.val.json"
+    cirr, fashioniq = cirr_tree(tmp_path / "c"), fashioniq_tree(tmp_path / "f")
+    split = cirr / "image_splits" / "split.rc2.val.json"
     write(split, split.read_text().replace("{", '{"dev-1-0-img0": "./dev/x.png", '))
     with refused(ValueError, "split.rc2.val.json", "dev-1-0-img0", "twice"):
-        benchmarks.load("cirr", tmp_path / "c")
-    split = fashioniq_tree(tmp_path / "f") / "image_splits" / "split.dress.val.json"
-    edited(split, lambda content: content.append("dress0"))
+        benchmarks.load("cirr", cirr)
+    edited(cirr_tree(cirr) / "captions" / "cap.rc2.val.json", lambda c: c[1].update(pairid=12))
+    with refused(ValueError, "cap.rc2.val.json", "repeats"):
+        benchmarks.load("cirr", cirr)
+    edited(fashioniq / "image_splits" / "split.dress.val.json", lambda c: c.append("dress0"))
     with refused(ValueError, "cap.dress.val.json", "repeats"):
-        benchmarks.load("fashioniq", tmp_path / "f", category="dress")
-
-
-def test_circo_target_comes_first(tmp_path):
-    file = circo_tree(tmp_path) / "annotations" / "val.json"
-    edited(file, lambda content: content[0].update(gt_img_ids=[2, 5, 30]))
-    assert benchmarks.load("circo", tmp_path).queries[0].targets == ["30", "2", "5"]
+        benchmarks.load("fashioniq", fashioniq, category="dress")
 
 
 def test_malformed_circo_list(tmp_path):

@@ -44,10 +44,9 @@ def cirr_tree(root, searle=False):
     write(notes / "captions" / "cap.rc2.val.json", [
         {"pairid": 12, "reference": CIRR_NAMES[0], "target_hard": CIRR_NAMES[1],
          "target_soft": {CIRR_NAMES[2]: 1.0}, "caption": " two  dogs ", "modifier_type": "one",
-         "img_set": {"id": 1, "members": CIRR_NAMES[:6], "reference_rank": 5, "target_rank": 0}},
-        {"pairid": 40, "reference": CIRR_NAMES[5], "target_hard": CIRR_NAMES[7], "target_soft": {},
-         "caption": " ", "modifier_type": "describing",
-         "img_set": {"id": 2, "members": CIRR_NAMES[2:], "reference_rank": 0}}])
+         "img_set": {"members": CIRR_NAMES[:6], "reference_rank": 5, "target_rank": 0}},
+        {"pairid": 40, "reference": CIRR_NAMES[5], "target_hard": CIRR_NAMES[7], "caption": " ",
+         "modifier_type": "describing", "img_set": {"members": CIRR_NAMES[2:]}}])
     images = root / "dev" if searle else root / "img_raw" / "dev"
     touch(images, *(f"{name}.png" for name in CIRR_NAMES))
     return root
@@ -68,12 +67,11 @@ def fashioniq_tree(root, extension=".png"):
 def circo_tree(root, images="folder", extension=".jpg"):
     write(root / "annotations" / "val.json", [
         {"reference_img_id": 7, "target_img_id": 30, "relative_caption": "is red", "id": 0,
-         "shared_concept": "a cup", "gt_img_ids": [30, 2],
-         "semantic_aspects": ["negation", "addition"]},
+         "gt_img_ids": [2, 30], "semantic_aspects": ["negation", "addition"]},
         {"reference_img_id": 2, "target_img_id": 111, "relative_caption": "is at night", "id": 1,
-         "shared_concept": "a boat", "gt_img_ids": [111], "semantic_aspects": ["addition"]}])
+         "gt_img_ids": [111], "semantic_aspects": ["addition"]}])
     write(root / "annotations" / "test.json", [
-        {"reference_img_id": 7, "relative_caption": "is blue", "shared_concept": "a cup", "id": 0}])
+        {"reference_img_id": 7, "relative_caption": "is blue", "id": 0}])
     coco = root / "COCO2017_unlabeled"
     if images != "none":
         names = (f"{i:012d}{extension}" for i in (2, 7, 30, 111, 5))
