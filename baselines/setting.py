@@ -37,10 +37,7 @@ def modifiers(query):
 
 @torch.no_grad()
 def encode_queries(encode, queries, precision, device, batch_size=256):
-    """Queries -> features [Q, E] of unit norm, float32, on the CPU.
-
-    encode: a function (rows of queries, int64 [B]; list of B modifiers) -> [B, E].
-    """
+    """encode(rows of queries, int64 [B]; B modifiers) -> [Q, E], unit norm, float32, on the CPU."""
     texts = [(row, text) for row, query in enumerate(queries) for text in modifiers(query)]
     texts.sort(key=lambda pair: len(pair[1]))  # like lengths together: less padding
     features, owner = [], torch.tensor([row for row, _ in texts])
@@ -56,10 +53,7 @@ def encode_queries(encode, queries, precision, device, batch_size=256):
 
 @torch.no_grad()
 def through_query_model(query_model, paths, precision, device, workers):
-    """M image files -> U [M, L, d_w], and v [M, E] of a two-sided model, None of others.
-
-    Raises ValueError for an image that cannot be read.
-    """
+    """M image files -> U [M, L, d_w], and v [M, E] of a two-sided model, None of others."""
     images, preprocess = list_images(paths), partial(query_side.preprocess, query_model.encoder)
     batches, outputs = load_images(images, preprocess, 128, workers), []
     for _, pixels, bad in tqdm(batches, "sentences", unit="batch", leave=False, disable=None):
@@ -73,7 +67,7 @@ def through_query_model(query_model, paths, precision, device, workers):
 
 
 class Setting:
-    """A benchmark ready to be queried, with the frozen BLIP's v [M, E], gallery first."""
+    """A benchmark with the frozen BLIP's v [M, E], gallery first."""
 
     def __init__(self, blip, benchmark, precision="fp32", cache_dir="cache", workers=1,
                  sentences="pocket/sentences.json"):
@@ -91,7 +85,7 @@ class Setting:
         self.gallery = self.v[: len(benchmark.gallery)]  # [N, E]
 
     def query_features(self, method, query_model=None, prompt="a photo of"):
-        """Queries by one of METHODS -> [Q, E], unit norm."""
+        """[Q, E], unit norm."""
         blip, used = self.blip, self.references.unique()  # [R], ascending
         if method in SIMPLE:
             def encode(rows, texts):

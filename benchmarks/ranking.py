@@ -68,7 +68,7 @@ def _candidates(query, rows, k, least):
 
 
 def _similarity(query, rows, i, j):
-    """query[i] * rows[j], summed in float64, as finite float32: [Q, E], [R, E] -> [C]."""
+    """query[i] * rows[j] [C], summed in float64, as finite float32."""
     pairs = zip(i.split(128), j.split(128), strict=True)  # 128 rows fit the cache
     return torch.cat([(query[i].double() * rows[j]).sum(1) for i, j in pairs]).float().nan_to_num()
 
@@ -114,7 +114,7 @@ def rank(benchmark, query_features, gallery_features, k=50, chunk=4096):
 
 @torch.no_grad()
 def rank_subsets(benchmark, query_features, gallery_features):
-    """CIRR: the other members of each query's group, best first; the rest as in `rank`."""
+    """CIRR: the other members of each query's group, best first."""
     place = _places(benchmark, query_features, gallery_features)
     pairs = [(i, row) for i, query in enumerate(benchmark.queries)
              for row in sorted(place[name] for name in query.subset)]
