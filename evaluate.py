@@ -1,4 +1,4 @@
-"""Evaluate composed image retrieval on CIRR, FashionIQ and CIRCO, real or the pocket world's.
+"""Evaluate retrieval on CIRR, FashionIQ and CIRCO, real or the pocket world's.
 
     python evaluate.py table                        # the pocket world: ISA beside simple baselines
     python evaluate.py table --benchmark cirr --data data/cirr --split val --checkpoint x/isa.pt ...
@@ -200,16 +200,15 @@ def parse_args(argv=None):
     p = parsers["table"]
     p.add_argument("--split", help="default: test, which has targets in the pocket world only")
     p.add_argument("--checkpoint", nargs="+", default=["runs/pocket/isa.pt"],
-                   help="isa.pt; several = seeds of one setting")
+                   help="several = seeds of one setting")
     p.add_argument("--methods", nargs="+", choices=METHODS,
                    default=[*SIMPLE, "isa", *ceilings.METHODS],
                    help="isa: any model of train.py; searle-oti takes minutes")
     for name in ("pic2word", "searle"):
         p.add_argument(f"--{name}", nargs="+", default=[f"runs/{name}/isa.pt"])
     p.add_argument("--sentences", default="pocket/sentences.json", help="for searle-oti")
-    p.add_argument("--json", default="runs/table.json", help="the table with its settings")
-    p.add_argument("--picture", default="runs/retrieved.png",
-                   help='some queries and what ISA found; "" = none')
+    p.add_argument("--json", default="runs/table.json", help="results and settings")
+    p.add_argument("--picture", default="runs/retrieved.png", help='what ISA found; "" = none')
     add_shared_options(p)
 
     p = parsers["score"]
@@ -225,7 +224,7 @@ def parse_args(argv=None):
 
     p = parsers["check"]
     p.add_argument("--splits", nargs="+", help="default: those with annotations, or val")
-    p.add_argument("--images", help="a training folder, in place of --benchmark and --data")
+    p.add_argument("--images", help="a training folder, instead of a benchmark")
     add_shared_options(p, "--cache-dir")
     args = parser.parse_args(argv)
     if args.command == "check":

@@ -28,7 +28,7 @@ METHODS = (*SIMPLE, *MODEL_OPTIONS, "searle-oti", *ceilings.METHODS)
 
 
 def modifiers(query):
-    """The texts whose features are averaged: FashionIQ joins its captions in both orders."""
+    """Texts to average: FashionIQ joins its captions in both orders."""
     if len(query.captions) == 2:
         first, second = query.captions
         return [f"{first} and {second}", f"{second} and {first}"]
@@ -73,8 +73,8 @@ class Setting:
                  sentences="pocket/sentences.json"):
         self.blip, self.benchmark, self.sentences = blip, benchmark, sentences
         self.precision, self.device, self.workers = precision, blip.temp.device, workers
-        references = [query.reference for query in benchmark.queries]
-        self.names = [*benchmark.gallery, *sorted(set(references) - set(benchmark.gallery))]
+        gallery, references = benchmark.gallery, [query.reference for query in benchmark.queries]
+        self.names = [*gallery, *sorted(set(references) - set(gallery))]
         self.place = {name: i for i, name in enumerate(self.names)}  # rows of v
         self.references = torch.tensor([self.place[name] for name in references])  # [Q]
         what = " ".join(filter(None, (benchmark.name, benchmark.category, benchmark.split)))
@@ -82,7 +82,7 @@ class Setting:
         features = image_features(blip, images, cache_dir, precision=precision, workers=workers,
                                   what=f"images of {what}", dtype=np.float32)
         self.v = torch.from_numpy(np.asarray(features.v))
-        self.gallery = self.v[: len(benchmark.gallery)]  # [N, E]
+        self.gallery = self.v[: len(gallery)]  # [N, E]
 
     def query_features(self, method, query_model=None, prompt="a photo of"):
         """[Q, E], unit norm."""
@@ -94,10 +94,10 @@ class Setting:
             encode = ceilings.encoder(blip, self.benchmark, method, prompt)
         else:
             if method == "searle-oti":
-                how = {"precision": self.precision}
-                sentences = baselines.read_sentences(self.sentences)
-                regularize = baselines.TextRegularization(blip, sentences, **how)
-                U = invert(blip, self.v[used].to(self.device), regularize, **how)
+                regularize = baselines.TextRegularization(
+                    blip, baselines.read_sentences(self.sentences), precision=self.precision)
+                v = self.v[used].to(self.device)
+                U = invert(blip, v, regularize, precision=self.precision)
             else:
                 U, _ = self.encode_images(query_model, [self.names[i] for i in used.tolist()])
             own = torch.searchsorted(used, self.references)  # [Q]: rows of U [R, L, d_w]

@@ -46,7 +46,7 @@ def missing_images(benchmark):
 
 
 def require_images(benchmark):
-    """ValueError where images are missing: a gallery is never silently smaller."""
+    """ValueError where images are missing."""
     missing = missing_images(benchmark)
     if missing:
         raise ValueError(f"{len(missing)} of {len(benchmark.paths)} images of {benchmark.name} are "

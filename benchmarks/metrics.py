@@ -57,10 +57,7 @@ def score(benchmark, rankings, subset_rankings=None):
 
 
 def counted(benchmark, rankings, metric="recall"):
-    """Rankings -> the names that count, one list a query; raises ValueError as `score` does.
-
-    CIRR: all but the reference image or, for "recall_subset", only the members of the subset.
-    """
+    """Rankings -> a list a query: CIRR's without the reference, "recall_subset" of the subset."""
     absent = [query.id for query in benchmark.queries if query.id not in rankings]
     if absent:
         raise ValueError(f"{len(absent)} queries have no ranking (first: {', '.join(absent[:3])}): "

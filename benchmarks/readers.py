@@ -123,11 +123,8 @@ def _read_circo(root, annotations):
 
 def _list_images(folder):
     """dict stem -> file name, .jpg before .png where both exist; {} if there is no folder."""
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
-            found[path.stem] = min(path.name, found.get(path.stem, path.name))
-    return found
+    paths = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ()
+    return {p.stem: p.name for p in paths if p.suffix.lower() in (".jpg", ".jpeg", ".png")}
 
 
 def _check_names(benchmark, file):

@@ -41,7 +41,7 @@ TEMPERATURES = (0.02, 0.5)  # limits; colder, the contrast would be all there is
 # --- the recipe
 @dataclass(frozen=True)
 class Phase:
-    first: int  # step; it ends where the next phase begins
+    first: int  # step
     size: float = 1.0  # of a batch, share of --batch
     twins: bool = False  # add images that differ in one thing, and captions wrong in one thing
     terse: float = 0.0  # share of the captions that just describe, from terse to full
@@ -66,7 +66,6 @@ def phase_at(step):
 
 
 def learning_rate(step, steps, lr):
-    """Linear warm-up to the phase's peak, a plateau, linear to zero at the phase's end."""
     phase = phase_at(step)
     end = min([steps, *(later.first for later in PHASES if later.first > step)])
     fall = (end - step) / (phase.decay * (end - phase.first))
@@ -105,7 +104,7 @@ def new_optimizer(blip, phase):
 
 # --- losses
 def by_length(encode, words, mask, *images):
-    """encode(words, mask, *images) in four groups of similar length, to pad less."""
+    """`encode` in four groups of similar length, to pad less."""
     order, parts = mask.sum(1).argsort(), []
     for rows in order.chunk(4):
         T = int(mask[rows].sum(1).max())
@@ -173,7 +172,11 @@ def losses(blip, rows, phase, hardness, precision):
     with autocast("cpu", precision):
         logits = by_length(blip.match, words[texts], mask[texts], F_v[images]).float()
     itm = F.cross_entropy(logits, labels, torch.tensor([1.0, phase.weight]))
-    return itc, itm, temperature, (logits.argmax(1) == labels).float().mean()
+    return itc, itm, temperature, share(logits.argmax(1) == labels)
+
+
+def share(right):
+    return right.float().mean()
 
 
 @torch.no_grad()
@@ -186,10 +189,6 @@ def validate(blip, count=1000, seed=0, precision="fp32"):
     """
     blip.eval()
     out, rng, own = {}, language.Rng(seed), torch.arange(count)
-
-    def mean(right):
-        return right.float().mean()
-
     for name, keep in (("full", 1.0), ("partial", None)):
         specs = [language.sample(rng, "val", rng.choice(language.MAKERS)) for _ in own]
         texts, facts = zip(*(language.describe(spec, rng, keep) for spec in specs), strict=True)
@@ -205,10 +204,10 @@ def validate(blip, count=1000, seed=0, precision="fp32"):
         with autocast("cpu", precision):
             positive, negative, *drawn = (blip.match(words[i], mask[i], F_v[j]).argmax(1)
                                           for i, j in ((own, own), (hard, own), *drawn))
-        right, drawn = mean(positive == 1), torch.cat(drawn)
-        out[f"{name}_R@1"] = 100 * mean(similarity.argmax(1) == own).item()
-        out[f"{name}_matching"] = 50 * (right + mean(negative == 0)).item()
-        out[f"{name}_drawn"] = 50 * (right + mean(drawn == 0)).item()
+        right = share(positive == 1)
+        out[f"{name}_R@1"] = 100 * share(similarity.argmax(1) == own).item()
+        out[f"{name}_matching"] = 50 * (right + share(negative == 0)).item()
+        out[f"{name}_drawn"] = 50 * (right + share(torch.cat(drawn) == 0)).item()
     for kind in language.EDIT_KINDS:
         texts, specs = [], []
         while len(specs) < count:
@@ -219,7 +218,7 @@ def validate(blip, count=1000, seed=0, precision="fp32"):
                 caption, _ = language.describe(before, rng, 1.0)
                 texts.append(f"a photo of {caption} that {change.text}")
         v, *_, t = encode(blip, specs, texts, precision)
-        out[f"composed_{kind}_R@1"] = 100 * mean((t @ v.T).argmax(1) == own).item()
+        out[f"composed_{kind}_R@1"] = 100 * share((t @ v.T).argmax(1) == own).item()
     blip.train()
     return {name: round(percent, 1) for name, percent in out.items()}
 
@@ -244,10 +243,7 @@ def load_state(path, settings, blip):
 
 
 def train(blip, settings, out, held_out, save_every, precision):
-    """Train to the files OUT, OUT.log and OUT.state -> the signal that stopped it, or 0.
-
-    settings: steps, batch, lr, seed, matching_of; a run resumes only with the same ones.
-    """
+    """-> the signal that stopped it, or 0. A run resumes only with the same settings."""
     steps, seed = settings["steps"], settings["seed"]
     state_file, log_file = Path(f"{out}.state"), Path(f"{out}.log")
     start, optimizer = PHASES[-1].first if settings["matching_of"] else 0, None

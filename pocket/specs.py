@@ -40,8 +40,8 @@ GARMENT = {"kind": GARMENTS, "colour": COLOURS, "pattern": PATTERNS, "sleeves": 
 
 SETS = {"pretrain": 50, "unlabeled": 70, "val": 85, "test": 100}  # where each ends, in percent
 EDIT_KINDS = ("one", "multi", "replace", "describe")  # see `edit`
-EARLY_MIX = {"one": 3, "multi": 3, "replace": 4}  # their weights in pre-training, at first ...
-LATE_MIX = {"one": 2, "multi": 2, "replace": 2, "describe": 4}  # ... and with the short ones learnt
+EARLY_MIX = {"one": 3, "multi": 3, "replace": 4}  # weights in pre-training at first, and later
+LATE_MIX = {"one": 2, "multi": 2, "replace": 2, "describe": 4}
 TRIES = 8  # at a wrong caption, before an image goes without one
 
 Rng = random.Random
@@ -162,8 +162,7 @@ def say(facts: Spec, rng: Rng) -> str:
         words += ["and", facts.second, facts.pattern] if two else [facts.pattern]
     words.append("top" if facts.kind == "toptee" else facts.kind)
     extras = [f"{facts.sleeves} sleeves"] if facts.sleeves else []
-    extras += [f"a {facts.neckline}"] if facts.neckline else []
-    extras += [f"a {facts.detail}"] if facts.detail not in (None, "none") else []
+    extras += [f"a {part}" for part in (facts.neckline, facts.detail) if part not in (None, "none")]
     rng.shuffle(extras)
     return _join(*words, "with" if extras else None, " and ".join(extras))
 
@@ -203,7 +202,7 @@ def describe(spec: Spec, rng: Rng, keep: float | None = None) -> tuple[str, Spec
 class Change:
     thing: int | None  # its index; one past the last adds a thing; None = the whole image
     new: dict
-    said: dict | None = None  # what the modifier says of it, None = all; a value None: not known
+    said: dict | None = None  # of these, None = all; a value None: not known
 
 
 @dataclass(frozen=True)
@@ -254,7 +253,7 @@ def _scene_edit(scene, rng, kind):
     options += [("add", last)] * 2 if last < 3 else []
     rng.shuffle(options)
     count = 1 if kind == "one" else rng.choice((2, 2, 3))
-    chosen = {}  # one change a thing: two phrases about it would contradict each other
+    chosen = {}  # one change a thing: two could contradict each other
     for what, index in options:
         if index not in chosen and len(chosen) < count:
             chosen[index] = what

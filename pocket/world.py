@@ -46,7 +46,7 @@ def _fresh(spec, rng):
 
 
 def _repeats(spec):
-    """Does a kind of thing appear twice? Two changes at once may bring the same one."""
+    """Does a kind of thing appear twice? Two changes may bring the same one."""
     return isinstance(spec, Scene) and len({t.kind for t in spec.things}) < len(spec.things)
 
 
@@ -208,8 +208,7 @@ def contents(seed=0, scale=1.0):
 def _save(folder, images):
     for path, spec in images:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        jpeg, png = {"quality": 95, "subsampling": 0}, {"compress_level": 1}
-        draw(spec).save(folder / path, **(jpeg if path.endswith(".jpg") else png))
+        draw(spec).save(folder / path, quality=95, subsampling=0, compress_level=1)
 
 
 def write(out, seed=0, scale=1.0, workers=2):
@@ -234,7 +233,7 @@ def write(out, seed=0, scale=1.0, workers=2):
                     write_json(draft / path, content)
                     continue
                 images.append((path, content))
-                if len(images) % 500 == 0:  # the workers draw while this process thinks up more
+                if len(images) % 500 == 0:  # workers draw while this process thinks up more
                     jobs.append(pool.submit(_save, draft, images[-500:]))
             _save(draft, images[len(images) // 500 * 500 :])
             for job in jobs:
