@@ -1,4 +1,4 @@
-"""Evaluate composed image retrieval on CIRR, FashionIQ and CIRCO, real or the pocket world's.
+"""Evaluate retrieval on CIRR, FashionIQ and CIRCO, real or the pocket world's.
 
     python evaluate.py table                        # the pocket world: ISA beside simple baselines
     python evaluate.py table --benchmark cirr --data data/cirr --split val --checkpoint x/isa.pt ...
@@ -17,7 +17,7 @@ import baselines
 import benchmarks
 import isa
 import query_side
-from baselines.setting import (  # noqa: F401, two of them only for whoever imports this file
+from baselines.setting import (  # noqa: F401, some only for importers
     METHODS,
     MODEL_OPTIONS,
     SIMPLE,
@@ -43,7 +43,7 @@ def open_benchmarks(benchmark="all", data=None, split=None, images=True, targets
     """One benchmark or "all" three -> list of Benchmark, FashionIQ one for each category.
 
     data: the root of the one, the parent of all; by default the pocket world, drawn if need be.
-    split: "test" by default. Raises ValueError where `images` or `targets`, if needed, are missing.
+    Raises ValueError where `images` or `targets`, if needed, are missing.
     """
     if data is None:
         world.ensure(POCKET_DATA)
@@ -65,7 +65,7 @@ def open_benchmarks(benchmark="all", data=None, split=None, images=True, targets
 def all_rankings(settings, methods, targets=True):
     """Yields (Setting, method, number of its checkpoint, rankings, rankings of CIRR's subsets).
 
-    settings: a dict of options. Raises ValueError, before anything slow, for what could fail later.
+    Raises ValueError, before anything slow, for what could fail later.
     """
     files = {m: settings[option] for m, option in MODEL_OPTIONS.items() if m in methods}
     for path in sum(files.values(), []):
@@ -125,10 +125,7 @@ def table(args):
 
 
 def over_seeds(seeds):
-    """[seed][category]{"all" or a kind: metrics} -> {"all", a kind or a category: summary}.
-
-    FashionIQ's "all" and kinds are averages of its categories.
-    """
+    """[seed][category]{"all" or a kind: metrics} -> {"all", a kind or a category: summary}."""
     rows = {kind: summarize([benchmarks.average([part[kind] for part in parts]) for parts in seeds])
             for kind in ("all", *EDIT_KINDS) if all(kind in part for part in seeds[0])}
     for i, category in enumerate(benchmarks.CATEGORIES if len(seeds[0]) > 1 else ()):
@@ -197,32 +194,27 @@ def parse_args(argv=None):
         required, names = name in ("score", "submit"), tuple(benchmarks.HEADLINE)
         p.add_argument("--benchmark", required=required, default="all" if name == "table" else None,
                        choices=("all", *names) if name == "table" else names)
-        p.add_argument("--data", required=required, help="root of the benchmark, in its official "
-                       "layout; of all three: their parent")
+        p.add_argument("--data", required=required, help="its root; of all three: their parent")
         parsers[name] = p
 
     p = parsers["table"]
-    p.add_argument("--split", help="val, test, test1, ...; default: test, which has targets in "
-                   "the pocket world only")
+    p.add_argument("--split", help="default: test, which has targets in the pocket world only")
     p.add_argument("--checkpoint", nargs="+", default=["runs/pocket/isa.pt"],
-                   help="isa.pt; several = seeds of one setting")
+                   help="several = seeds of one setting")
     p.add_argument("--methods", nargs="+", choices=METHODS,
-                   default=[*SIMPLE, "isa", *ceilings.METHODS], help="isa: any model of train.py; "
-                   "searle-oti inverts each reference image, which takes minutes")
+                   default=[*SIMPLE, "isa", *ceilings.METHODS],
+                   help="isa: any model of train.py; searle-oti takes minutes")
     for name in ("pic2word", "searle"):
-        p.add_argument(f"--{name}", nargs="+", default=[f"runs/{name}/isa.pt"], help="its isa.pt")
-    p.add_argument("--sentences", default="pocket/sentences.json",
-                   help="for searle-oti: JSON, concept -> list of sentences")
-    p.add_argument("--json", default="runs/table.json", help="the table with its settings")
-    p.add_argument("--picture", default="runs/retrieved.png",
-                   help='some queries and what ISA found; "" = none')
+        p.add_argument(f"--{name}", nargs="+", default=[f"runs/{name}/isa.pt"])
+    p.add_argument("--sentences", default="pocket/sentences.json", help="for searle-oti")
+    p.add_argument("--json", default="runs/table.json", help="results and settings")
+    p.add_argument("--picture", default="runs/retrieved.png", help='what ISA found; "" = none')
     add_shared_options(p)
 
     p = parsers["score"]
     p.add_argument("--split", default="val")
     p.add_argument("--subset", help="CIRR: the recall_subset file, for Rs@K")
-    p.add_argument("predictions", help="JSON in the test server's format; FashionIQ: {category: "
-                   "{index: [names]}}")
+    p.add_argument("predictions", help="JSON in the test server's format")
 
     p = parsers["submit"]
     p.add_argument("--split", required=True)
@@ -231,9 +223,8 @@ def parse_args(argv=None):
     add_shared_options(p)
 
     p = parsers["check"]
-    p.add_argument("--splits", nargs="+",
-                   help="default: those that evaluation needs and that have annotations, or val")
-    p.add_argument("--images", help="a training folder, in place of --benchmark and --data")
+    p.add_argument("--splits", nargs="+", help="default: those with annotations, or val")
+    p.add_argument("--images", help="a training folder, instead of a benchmark")
     add_shared_options(p, "--cache-dir")
     args = parser.parse_args(argv)
     if args.command == "check":

@@ -28,7 +28,7 @@ METHODS = (*SIMPLE, *MODEL_OPTIONS, "searle-oti", *ceilings.METHODS)
 
 
 def modifiers(query):
-    """The texts whose features are averaged: FashionIQ joins its captions in both orders."""
+    """Texts to average: FashionIQ joins its captions in both orders."""
     if len(query.captions) == 2:
         first, second = query.captions
         return [f"{first} and {second}", f"{second} and {first}"]
@@ -37,10 +37,7 @@ def modifiers(query):
 
 @torch.no_grad()
 def encode_queries(encode, queries, precision, device, batch_size=256):
-    """Queries -> features [Q, E] of unit norm, float32, on the CPU.
-
-    encode: a function (rows of queries, int64 [B]; list of B modifiers) -> [B, E].
-    """
+    """encode(rows of queries, int64 [B]; B modifiers) -> [Q, E], unit norm, float32, on the CPU."""
     texts = [(row, text) for row, query in enumerate(queries) for text in modifiers(query)]
     texts.sort(key=lambda pair: len(pair[1]))  # like lengths together: less padding
     features, owner = [], torch.tensor([row for row, _ in texts])
@@ -56,10 +53,7 @@ def encode_queries(encode, queries, precision, device, batch_size=256):
 
 @torch.no_grad()
 def through_query_model(query_model, paths, precision, device, workers):
-    """M image files -> U [M, L, d_w], and v [M, E] of a two-sided model, None of others.
-
-    Raises ValueError for an image that cannot be read.
-    """
+    """M image files -> U [M, L, d_w], and v [M, E] of a two-sided model, None of others."""
     images, preprocess = list_images(paths), partial(query_side.preprocess, query_model.encoder)
     batches, outputs = load_images(images, preprocess, 128, workers), []
     for _, pixels, bad in tqdm(batches, "sentences", unit="batch", leave=False, disable=None):
@@ -73,14 +67,14 @@ def through_query_model(query_model, paths, precision, device, workers):
 
 
 class Setting:
-    """A benchmark ready to be queried, with the frozen BLIP's v [M, E], gallery first."""
+    """A benchmark with the frozen BLIP's v [M, E], gallery first."""
 
     def __init__(self, blip, benchmark, precision="fp32", cache_dir="cache", workers=1,
                  sentences="pocket/sentences.json"):
         self.blip, self.benchmark, self.sentences = blip, benchmark, sentences
         self.precision, self.device, self.workers = precision, blip.temp.device, workers
-        references = [query.reference for query in benchmark.queries]
-        self.names = [*benchmark.gallery, *sorted(set(references) - set(benchmark.gallery))]
+        gallery, references = benchmark.gallery, [query.reference for query in benchmark.queries]
+        self.names = [*gallery, *sorted(set(references) - set(gallery))]
         self.place = {name: i for i, name in enumerate(self.names)}  # rows of v
         self.references = torch.tensor([self.place[name] for name in references])  # [Q]
         what = " ".join(filter(None, (benchmark.name, benchmark.category, benchmark.split)))
@@ -88,10 +82,10 @@ class Setting:
         features = image_features(blip, images, cache_dir, precision=precision, workers=workers,
                                   what=f"images of {what}", dtype=np.float32)
         self.v = torch.from_numpy(np.asarray(features.v))
-        self.gallery = self.v[: len(benchmark.gallery)]  # [N, E]
+        self.gallery = self.v[: len(gallery)]  # [N, E]
 
     def query_features(self, method, query_model=None, prompt="a photo of"):
-        """Queries by one of METHODS -> [Q, E], unit norm."""
+        """[Q, E], unit norm."""
         blip, used = self.blip, self.references.unique()  # [R], ascending
         if method in SIMPLE:
             def encode(rows, texts):
@@ -100,10 +94,10 @@ class Setting:
             encode = ceilings.encoder(blip, self.benchmark, method, prompt)
         else:
             if method == "searle-oti":
-                how = {"precision": self.precision}
-                sentences = baselines.read_sentences(self.sentences)
-                regularize = baselines.TextRegularization(blip, sentences, **how)
-                U = invert(blip, self.v[used].to(self.device), regularize, **how)
+                regularize = baselines.TextRegularization(
+                    blip, baselines.read_sentences(self.sentences), precision=self.precision)
+                v = self.v[used].to(self.device)
+                U = invert(blip, v, regularize, precision=self.precision)
             else:
                 U, _ = self.encode_images(query_model, [self.names[i] for i in used.tolist()])
             own = torch.searchsorted(used, self.references)  # [Q]: rows of U [R, L, d_w]

@@ -1,12 +1,10 @@
 """CIRR, FashionIQ and CIRCO: annotations, exact ranking, metrics, prediction files.
 
-A query is a reference image and a text that changes it; the answer is a ranking of the gallery.
-
 - Images are compared by name, never by path, so annotations are enough to score a ranking.
   CIRR and FashionIQ: names as in their files. CIRCO: decimal COCO ids without padding ("243611").
-- Rankings: dict query id -> list of names, best first. Every query has one; it may be short.
+- Rankings: dict query id -> names, best first. Every query has one; it may be short.
 - The reference image is removed from rankings in CIRR and kept in FashionIQ and CIRCO.
-- Metrics are percentages. Errors are one sentence: where, what is wrong, what to do.
+- Metrics are percentages.
 
 CIRR: Liu et al., ICCV 2021. FashionIQ: Wu et al., CVPR 2021. CIRCO: Baldrati et al., ICCV 2023.
 """

@@ -11,8 +11,8 @@ EVALUATED = {"cirr": ("val", "test1"), "fashioniq": ("val",), "circo": ("val", "
 def check_benchmark(name, root, splits=None):
     """Print the expected tree of a benchmark and what was found of each split (and category).
 
-    splits: by default those of EVALUATED whose annotations are there, or else "val".
-    Raises ValueError where annotations are missing or damaged, or images missing or empty.
+    splits: by default those of EVALUATED that have annotations, or else "val". Raises ValueError
+    where anything is missing or damaged.
     """
     tree = (Path(__file__).parent / "trees" / f"{name}.txt").read_text()
     print(f"expected below {root}:\n\n{tree}")
@@ -40,13 +40,13 @@ def check_benchmark(name, root, splits=None):
 
 
 def missing_images(benchmark):
-    """Names (gallery first, in its order) whose image file does not exist or is empty."""
+    """Names, gallery first, whose image file does not exist or is empty."""
     return [name for name, path in benchmark.paths.items()
             if not (path.is_file() and path.stat().st_size)]
 
 
 def require_images(benchmark):
-    """ValueError where images are missing: a gallery is never silently smaller."""
+    """ValueError where images are missing."""
     missing = missing_images(benchmark)
     if missing:
         raise ValueError(f"{len(missing)} of {len(benchmark.paths)} images of {benchmark.name} are "

@@ -6,7 +6,7 @@ For a query with n ground truths, let hit(i) = 1 if the i-th name of its ranking
     AP@K        = sum over i <= K of hit(i) * precision@i, divided by min(K, n)
 
 mAP@K is the mean of AP@K over the queries. Recall@K is the share of queries whose first ground
-truth is among the first K names. Which names count is the benchmark's choice: see `counted`.
+truth is among the first K names that count: see `counted`.
 """
 
 from dataclasses import replace
@@ -16,7 +16,7 @@ HEADLINE = {"cirr": "R@1", "fashioniq": "R@10", "circo": "mAP@5"}  # where there
 
 
 def average_precision(names, targets, k):
-    """AP@K of one ranking, in 0..1; dividing by min(K, n) lets a perfect list reach 1 for any K."""
+    """AP@K of one ranking, in 0..1, which a perfect list reaches for any K."""
     hits, total = 0, 0.0
     for i, name in enumerate(names[:k], 1):
         if name in targets:
@@ -26,14 +26,13 @@ def average_precision(names, targets, k):
 
 
 def recall(queries, lists, cutoffs, label="R"):
-    """Recall@K in percent for each K of `cutoffs`; lists: ranked names, one list a query."""
     pairs = list(zip(queries, lists, strict=True))
     return {f"{label}@{k}": 100 * sum(query.targets[0] in names[:k] for query, names in pairs)
             / len(pairs) for k in cutoffs}
 
 
 def score(benchmark, rankings, subset_rankings=None):
-    """Rankings -> metrics in percent, as in the paper's Tables 2-4: R@K, for CIRCO also mAP@K.
+    """Rankings -> metrics in percent, as in the paper's Tables 2-4.
 
     Avg is the mean of CIRR's R@K or CIRCO's mAP@K. CIRR's Rs@K is R@K among the subset: from
     `subset_rankings`, or else from the members in `rankings`, a lower bound if lists are short.
@@ -58,10 +57,7 @@ def score(benchmark, rankings, subset_rankings=None):
 
 
 def counted(benchmark, rankings, metric="recall"):
-    """Rankings -> the names that count, one list a query; raises ValueError as `score` does.
-
-    CIRR: all but the reference image or, for "recall_subset", only the members of the subset.
-    """
+    """Rankings -> a list a query: CIRR's without the reference, "recall_subset" of the subset."""
     absent = [query.id for query in benchmark.queries if query.id not in rankings]
     if absent:
         raise ValueError(f"{len(absent)} queries have no ranking (first: {', '.join(absent[:3])}): "
@@ -80,21 +76,24 @@ def counted(benchmark, rankings, metric="recall"):
 
 
 def score_by_kind(benchmark, rankings, subset_rankings=None):
-    """`score` for each kind of modifier: dict kind -> metrics, {} where annotations name none."""
-    parts = {kind: [query for query in benchmark.queries if query.kind == kind]
-             for kind in sorted({query.kind for query in benchmark.queries} - {""})}
-    return {kind: score(replace(benchmark, queries=queries), rankings, subset_rankings)
-            for kind, queries in parts.items()}
+    """`score` for each kind of modifier, {} where annotations name none."""
+    parts = _split(benchmark, lambda query: {query.kind} - {""})
+    return {kind: score(part, rankings, subset_rankings) for kind, part in parts.items()}
 
 
 def aspect_scores(benchmark, rankings):
-    """CIRCO's mAP@10 for each semantic aspect, as its server reports; a query may have several."""
-    parts = {aspect: [query for query in benchmark.queries if aspect in query.aspects]
-             for aspect in sorted({a for query in benchmark.queries for a in query.aspects})}
-    return {aspect: score(replace(benchmark, queries=queries), rankings)["mAP@10"]
-            for aspect, queries in parts.items()}
+    """CIRCO's mAP@10 for each semantic aspect, as its server reports."""
+    parts = _split(benchmark, lambda query: set(query.aspects))
+    return {aspect: score(part, rankings)["mAP@10"] for aspect, part in parts.items()}
+
+
+def _split(benchmark, labels):
+    """{label: the benchmark with only the queries that have it}; a query may have several."""
+    found = sorted(set().union(*map(labels, benchmark.queries)))
+    return {label: replace(benchmark, queries=[q for q in benchmark.queries if label in labels(q)])
+            for label in found}
 
 
 def average(results):
-    """Mean of each metric over several results: FashionIQ's over dress, shirt and toptee."""
+    """Mean of each metric, for FashionIQ over dress, shirt and toptee."""
     return {metric: sum(r[metric] for r in results) / len(results) for metric in results[0]}

@@ -13,9 +13,8 @@ SUBMITTED = {"recall": 50, "recall_subset": 3}  # names per query that the serve
 def predictions(benchmark, rankings, metric="recall"):
     """Rankings -> the JSON document for the test server, as a dict; longer rankings are cut.
 
-    CIRR: {"version": "rc2", "metric": metric, pairid: names}: 50 without the reference, for
-    "recall_subset" 3 of the group. CIRCO: {id: 50 ids as ints}. FashionIQ, which has no server:
-    {category: {id: 50 names}}; join the categories with `|`.
+    CIRR: {"version": "rc2", "metric": metric, pairid: names}. CIRCO: {id: ids as ints}. FashionIQ,
+    which has no server: {category: {id: names}}; join the categories with `|`.
     Raises ValueError for a ranking that is too short, and as `score` does.
     """
     images, document = len(benchmark.gallery) - (benchmark.name == "cirr"), {}
@@ -33,7 +32,6 @@ def predictions(benchmark, rankings, metric="recall"):
 
 
 def write_predictions(path, document):
-    """Write a document of `predictions`: readers see the old file or the new one, never a part."""
     with replacing(Path(path)) as file:
         file.write(json.dumps(document, separators=(",", ":")).encode())  # CIRR's limit is 5 MB
 
@@ -41,9 +39,8 @@ def write_predictions(path, document):
 def read_predictions(path, benchmark, metric="recall"):
     """A file in the format of `predictions` -> rankings; nothing is dropped or cut.
 
-    Raises FileNotFoundError, and ValueError for another metric, version or category, a missing or
-    unexpected query, and a list that is empty, repeats a name or holds one that is not in the
-    gallery (recall_subset: the group; CIRCO without gallery: the COCO ids).
+    Raises FileNotFoundError, and ValueError for another metric, version, category or set of
+    queries, and a list that is empty, repeats a name or holds one that is not to be ranked.
     """
     ids, gallery = {query.id for query in benchmark.queries}, set(benchmark.gallery)
     convert, rankings = coco_name if benchmark.name == "circo" else plain_name, {}

@@ -18,8 +18,7 @@ def top_k(query_features, gallery_features, k, exclude=None, chunk=4096):
     Similarity is the inner product, summed in float64 and rounded to float32; ties keep the order
     of the gallery: a tensor, or the path of an .npy file, held `chunk` rows at a time. exclude: for
     each query a row to leave out, or -1. k is clipped to N, or N - 1 if any row is excluded.
-    Raises FileNotFoundError, and ValueError for an unusable file, shapes that do not match, k < 1
-    and features that are not finite in float32.
+    Raises FileNotFoundError, and ValueError for an unusable file or shape, k < 1, NaN and infinity.
     """
     shape, read = _open_gallery(gallery_features)
     q, n = len(query_features), shape[0]
@@ -68,7 +67,7 @@ def _candidates(query, rows, k, least):
 
 
 def _similarity(query, rows, i, j):
-    """query[i] * rows[j], summed in float64, as finite float32: [Q, E], [R, E] -> [C]."""
+    """query[i] * rows[j] [C], summed in float64, as finite float32."""
     pairs = zip(i.split(128), j.split(128), strict=True)  # 128 rows fit the cache
     return torch.cat([(query[i].double() * rows[j]).sum(1) for i, j in pairs]).float().nan_to_num()
 
@@ -84,7 +83,7 @@ def _largest(features):
 
 
 def _open_gallery(gallery):
-    """A tensor or the path of an .npy file -> its shape [N, E], a function (start, stop) -> rows"""
+    """A tensor or an .npy file -> its shape [N, E], a function (start, stop) -> rows."""
     if isinstance(gallery, torch.Tensor):
         return gallery.shape, lambda start, stop: gallery[start:stop].cpu()
     open_map = partial(np.load, gallery, mmap_mode="c")  # "c": torch wants to be allowed to write
@@ -101,10 +100,7 @@ def _open_gallery(gallery):
 
 
 def rank(benchmark, query_features, gallery_features, k=50, chunk=4096):
-    """Features [Q, E] in query order, [N, E] in gallery order -> rankings of k names.
-
-    CIRR's leave out the reference image. Raises ValueError as `top_k` does.
-    """
+    """Features [Q, E], [N, E] -> rankings of k names; CIRR's leave out the reference image."""
     place = _places(benchmark, query_features, gallery_features)
     exclude = [place[q.reference] if benchmark.name == "cirr" else -1 for q in benchmark.queries]
     best = top_k(query_features, gallery_features, k, exclude, chunk).tolist()
@@ -114,7 +110,7 @@ def rank(benchmark, query_features, gallery_features, k=50, chunk=4096):
 
 @torch.no_grad()
 def rank_subsets(benchmark, query_features, gallery_features):
-    """CIRR: the other members of each query's group, best first; the rest as in `rank`."""
+    """CIRR: the other members of each query's group, best first."""
     place = _places(benchmark, query_features, gallery_features)
     pairs = [(i, row) for i, query in enumerate(benchmark.queries)
              for row in sorted(place[name] for name in query.subset)]

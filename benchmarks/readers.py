@@ -14,7 +14,6 @@ OPTIONAL = {"target_hard": str, "target": str, "gt_img_ids": list, "semantic_asp
 
 @dataclass
 class Query:
-    """One composed query."""
     id: str
     reference: str
     captions: list[str]  # one, or FashionIQ's one or two, cleaned
@@ -26,7 +25,6 @@ class Query:
 
 @dataclass
 class Benchmark:
-    """One split of one benchmark (FashionIQ: of one category)."""
     name: str
     split: str
     gallery: list[str]  # ties in a ranking keep this order
@@ -51,7 +49,7 @@ def load(name, root, split="val", category=None):
 
 
 def annotation_files(name, root, split, category=None):
-    """The files that `load` requires: [captions, list of images], for CIRCO the first only."""
+    """What `load` requires: [captions, list of images], for CIRCO the first only."""
     if name not in NAMES or category not in (CATEGORIES if name == "fashioniq" else (None,)):
         raise ValueError(f"no benchmark {name!r} with category {category!r}: choose "
                          f"{', '.join(NAMES)}; fashioniq with one of {', '.join(CATEGORIES)}")
@@ -125,11 +123,8 @@ def _read_circo(root, annotations):
 
 def _list_images(folder):
     """dict stem -> file name, .jpg before .png where both exist; {} if there is no folder."""
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
-            found[path.stem] = min(path.name, found.get(path.stem, path.name))
-    return found
+    paths = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ()
+    return {p.stem: p.name for p in paths if p.suffix.lower() in (".jpg", ".jpeg", ".png")}
 
 
 def _check_names(benchmark, file):
@@ -150,10 +145,9 @@ def _check_names(benchmark, file):
             raise ValueError(f"{where}: {unknown[0]!r:.80} is not in the list of images")
 
 
-# Checks of JSON from elsewhere: each returns the value, or raises ValueError that says where it is.
+# Checks of JSON: each returns the value, or raises ValueError that says where it is.
 @contextmanager
 def remedy(advice):
-    """Add what to do to the message of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -161,7 +155,6 @@ def remedy(advice):
 
 
 def read_json(path, kind):
-    """The content of a JSON file whose outermost value is a `kind` and whose keys are unique."""
     if not path.is_file():
         pattern = f"{path.name.split('.')[0]}.*.json" if len(path.suffixes) > 1 else "*.json"
         others = ", ".join(sorted(file.name for file in path.parent.glob(pattern))[:6])
@@ -184,13 +177,12 @@ def _unique_keys(pairs):
 
 
 def _entries(path, **kinds):
-    """Captions -> (place, entry) of each, with `fields` of these kinds."""
     for i, entry in enumerate(read_json(path, list)):
         yield f"{path}, entry {i}", fields(entry, f"{path}, entry {i}", **kinds)
 
 
 def fields(entry, where, **kinds):
-    """A dict whose fields, those of `kinds` and any of OPTIONAL, are of the right kinds."""
+    """A dict with all of `kinds` and any of OPTIONAL."""
     for key, kind in (OPTIONAL | kinds).items():
         if key in typed(entry, dict, where):
             typed(entry[key], kind, f"{where}, {key!r}")
@@ -215,7 +207,7 @@ def plain_name(name, where):
 
 
 def coco_name(value, where):
-    """A COCO id, an int or a decimal string -> its name, a decimal string without padding."""
+    """A COCO id, an int or a decimal string -> its name, without padding."""
     if type(value) not in (int, str) or not re.fullmatch("[0-9]{1,20}", str(value)):
         raise ValueError(f"{where}: {value!r:.80} is not a COCO image id; these are whole numbers")
     return str(int(value))

@@ -14,10 +14,7 @@ def summarize(results):
 
 
 def print_table(name, rows, split, several):
-    """Print {method: {"all", kind or category: {metric: [mean, deviation]}}}, without categories.
-
-    several: the methods with more than one seed.
-    """
+    """Print {method: {"all" or kind: {metric: [mean, sd]}}}; several: methods of several seeds."""
     parts, head = next(iter(rows.values())), HEADLINE[name]
     columns = {m: ("all", m) for m in parts["all"]
                if m[:2] != "Rs" and not (name == "circo" and m[0] == "R")}  # title -> part, metric

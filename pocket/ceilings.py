@@ -19,10 +19,7 @@ def read_captions(benchmark):
 
 
 def encoder(blip, benchmark, method, prompt="a photo of"):
-    """A function (rows of queries, int64 [B]; B modifiers) -> query features [B, E] of unit norm.
-
-    method: one of METHODS. Raises ValueError where there are no captions.
-    """
+    """A function (rows of queries, int64 [B]; B modifiers) -> [B, E] of unit norm."""
     captions = read_captions(benchmark)
     if captions is None:
         raise ValueError(f'{benchmark.name}: has no captions.json, which "{method}" needs')

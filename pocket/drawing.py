@@ -14,13 +14,17 @@ from .specs import COLOURS, Garment, Spec
 LINE, DARK, CREAM = (35, 35, 45), (60, 60, 70), (255, 246, 220)
 SKIN, GOLD, SILVER = (233, 190, 160), (240, 200, 60), (190, 190, 200)
 
-# A thing is a list of [form, points x y x y .., fill] in a box from -1 to 1, y downwards. Without a
-# fill it has the thing's colour; an arc has its two angles instead.
+# A shape is [form, points x y x y .., fill], y downwards; an arc has two angles for a fill, and
+# without a fill a shape has its thing's colour. Things fit a box from -1 to 1; parts of garments
+# are in pixels from the neck.
 SHAPES = json.loads(Path(__file__).with_name("shapes.json").read_text())
+# Clutter: [number, area, range of x, width, height, form, what its drawing function takes].
+BACKGROUNDS = json.loads(Path(__file__).with_name("backgrounds.json").read_text())
+CUTS = {"dress": (72, 98, 15), "shirt": (50, 76, 1), "toptee": (42, 66, -3)}  # short, long, flare
 
 
 def draw_shapes(pen, shapes, colour, x, y, scale=1, sign=1, width=2):
-    """Shapes as in SHAPES, in units of `scale` pixels around (x, y); sign = -1 mirrors them."""
+    """Draw SHAPES in units of `scale` pixels around (x, y); sign = -1 mirrors them."""
     for form, points, *fill in shapes:
         xs, ys = [x + sign * v * scale for v in points[::2]], [y + v * scale for v in points[1::2]]
         corners, box = list(zip(xs, ys, strict=True)), (min(xs), min(ys), max(xs), max(ys))
@@ -35,31 +39,10 @@ def draw_shapes(pen, shapes, colour, x, y, scale=1, sign=1, width=2):
             {"oval": pen.ellipse, "rect": pen.rectangle}[form](box, fill, LINE, width)
 
 
-SKY_GROUND = {  # background -> colour above the horizon, colour below it
-    "meadow": ((168, 216, 255), (140, 200, 96)), "night": ((22, 26, 62), (38, 56, 50)),
-    "snow": ((205, 222, 236), (240, 245, 250)), "beach": ((150, 214, 250), (240, 218, 160)),
-    "sea": ((190, 226, 250), (58, 132, 190)), "room": ((236, 216, 196), (158, 110, 76)),
-}
-
-
-def clutter(pen, horizon):
-    """Background -> what it is strewn with: number, range of x, of y, width, height, pen, style."""
-    clouds = (2, (-10, 110), (0, 26), 30, 12, pen.ellipse, (245, 250, 255))
-    return {
-        "meadow": [clouds, (9, (0, 124), (horizon + 12, 124), 2, -7, pen.line, (84, 150, 60), 2)],
-        "night": [(9, (0, 127), (0, horizon - 8), 2, 2, pen.ellipse, (250, 250, 230))],
-        "snow": [(22, (0, 127), (0, 127), 4, 4, pen.ellipse, (255, 255, 255))],
-        "beach": [clouds, (9, (0, 124), (horizon + 12, 124), 5, 3, pen.ellipse, (206, 180, 120))],
-        "sea": [(10, (-8, 120), (horizon + 4, 124), 16, 8, pen.arc, 180, 360, (170, 210, 235), 2)],
-        "room": [],
-    }
-
-
 def draw_background(pen, background, rng):
-    top, bottom = SKY_GROUND[background]
-    horizon = rng.randint(62, 84)
-    pen.rectangle((0, 0, 128, horizon), top)
-    pen.rectangle((0, horizon, 128, 128), bottom)
+    backdrop, horizon = BACKGROUNDS[background], rng.randint(62, 84)
+    pen.rectangle((0, 0, 128, horizon), backdrop["sky"])
+    pen.rectangle((0, horizon, 128, 128), backdrop["ground"])
     x, y = rng.randint(8, 100), rng.randint(6, 20)
     if background == "night":
         pen.ellipse((x, y, x + 16, y + 16), (250, 244, 200))
@@ -70,13 +53,12 @@ def draw_background(pen, background, rng):
         pen.line((x + 9, 8, x + 9, 40), (110, 76, 50), 3)
         for v in range(horizon + 12, 128, 14):
             pen.line((0, v, 128, v), (138, 94, 62), 2)
-    for number, xs, ys, width, height, paint, *style in clutter(pen, horizon)[background]:
+    areas = {"clouds": (0, 26), "sky": (0, horizon - 8), "ground": (horizon + 12, 124),
+             "water": (horizon + 4, 124), "image": (0, 127)}  # -> range of y
+    for number, area, xs, width, height, form, *style in backdrop["clutter"]:
         for _ in range(number):
-            u, v = rng.randint(*xs), rng.randint(*ys)
-            paint((u, v, u + width, v + height), *style)
-
-
-CUTS = {"dress": (72, 98, 15), "shirt": (50, 76, 1), "toptee": (42, 66, -3)}  # short, long, flare
+            u, v = rng.randint(*xs), rng.randint(*areas[area])
+            getattr(pen, form)((u, v, u + width, v + height), *style)
 
 
 def cloth(garment, rng):
@@ -95,27 +77,6 @@ def cloth(garment, rng):
         if garment.pattern == "checked":
             pen.rectangle((v, 0, v + 3, 128), second)
     return image
-
-
-def trimmings(width, length):
-    """Neckline or detail -> width of its outline, shapes in pixels from the neck.
-
-    width: half the chest's. A round neck and a star are drawn otherwise.
-    """
-    belt = min(38, length - 10)
-    return {
-        "square neck": (2, [("rect", (-10, 0, 10, 12), SKIN)]),
-        "v neck": (2, [("poly", (-11, 0, 11, 0, 0, 21), SKIN)]),
-        "collar": (2, [("poly", (0, 2, s * 16, -4, s * 12, 12), CREAM) for s in (-1, 1)]),
-        "belt": (1, [("rect", (2 - width, belt, width - 2, belt + 6), DARK),
-                     ("rect", (-4, belt - 1, 4, belt + 7), GOLD)]),
-        "buttons": (1, [("oval", (-3, y, 3, y + 6), CREAM)
-                        for y in range(24, min(length - 4, 60), 9)]),
-        "bow": (1, [("poly", (0, 26, s * 11, 19, s * 11, 33), DARK) for s in (-1, 1)]),
-        "pocket": (2, [("rect", (4, 22, 16, 35), CREAM)]),
-        "zip": (1, [("rect", (-2, 18, 2, length), SILVER)]),
-        "heart": (2, [("poly", (0, 40, -10, 29, -5, 22, 0, 26, 5, 22, 10, 29), (250, 90, 120))]),
-    }
 
 
 def draw_garment(image, pen, garment, rng):
@@ -140,14 +101,21 @@ def draw_garment(image, pen, garment, rng):
     image.paste(cloth(garment, rng), mask=shape)
     for outline in reversed(outlines):
         pen.line([*outline, outline[0]], LINE, 2)
+    belt = min(38, length - 10)
+    thin = {  # with a thinner outline; `width` is half the chest's
+        "belt": [("rect", (2 - width, belt, width - 2, belt + 6), DARK),
+                 ("rect", (-4, belt - 1, 4, belt + 7), GOLD)],
+        "buttons": [("oval", (-3, y, 3, y + 6), CREAM) for y in range(24, min(length - 4, 60), 9)],
+        "zip": [("rect", (-2, 18, 2, length), SILVER)], "bow": SHAPES["bow"]}
     for name in (garment.neckline, garment.detail):
         if name == "round neck":
             pen.pieslice((x - 11, top - 11, x + 11, top + 11), 0, 180, SKIN, LINE, 2)
         elif name == "star":
             draw_shapes(pen, SHAPES["star"], COLOURS["white"], x, top + 30, scale=10)
+        elif name in thin:
+            draw_shapes(pen, thin[name], None, x, top, width=1)
         elif name != "none":
-            line, shapes = trimmings(width, length)[name]
-            draw_shapes(pen, shapes, None, x, top, width=line)
+            draw_shapes(pen, SHAPES[name], None, x, top)
 
 
 def draw(spec: Spec) -> Image.Image:

@@ -4,9 +4,9 @@
     python -m pocket.pretrain --validate pocket                    # their held-out figures
     python -m pocket.pretrain --matching-of FILE --out other.pth   # the last phase alone
 
-Every step draws new pairs, so nothing is seen twice or stored. Unlike BLIP's recipe there is no
-momentum encoder and no queue (a batch of 192 is large beside a world this small), no decoder loss,
-and a caption that is true of another image in the batch is not its negative.
+Every step draws new pairs. Unlike BLIP's recipe there is no momentum encoder and no queue (a batch
+of 192 is large beside a world this small), no decoder loss, and a caption that is true of another
+image in the batch is not its negative.
 """
 
 import argparse
@@ -38,15 +38,15 @@ WARMUP = 200  # steps of each phase
 TEMPERATURES = (0.02, 0.5)  # limits; colder, the contrast would be all there is
 
 
-# ------------------------------------------------------------------------------------ the recipe
+# --- the recipe
 @dataclass(frozen=True)
 class Phase:
-    first: int  # step; it ends where the next phase begins
-    size: float = 1.0  # of a batch, as a share of --batch
-    twins: bool = False  # pairs of images that differ in one thing, and captions wrong in one thing
+    first: int  # step
+    size: float = 1.0  # of a batch, share of --batch
+    twins: bool = False  # add images that differ in one thing, and captions wrong in one thing
     terse: float = 0.0  # share of the captions that just describe, from terse to full
     trains: tuple[str, ...] = ("",)  # only parameters with one of these in their names
-    peak: float = 1.0  # of the learning rate, as a share of --lr
+    peak: float = 1.0  # of the learning rate, share of --lr
     decay: float = 1.0  # last share of the phase, in which the learning rate falls to zero
     matched: float = 1.0  # share of the pairs that ITM sees ...
     hard: float = 1.0  # ... and of these, the share that it sees with a hard image and a hard text
@@ -66,7 +66,6 @@ def phase_at(step):
 
 
 def learning_rate(step, steps, lr):
-    """Linear warm-up to the phase's peak, a plateau, linear to zero at the phase's end."""
     phase = phase_at(step)
     end = min([steps, *(later.first for later in PHASES if later.first > step)])
     fall = (end - step) / (phase.decay * (end - phase.first))
@@ -74,7 +73,7 @@ def learning_rate(step, steps, lr):
 
 
 def draw_rows(rng, size, mix, phase):
-    """`size` rows (image, caption, facts, wrong caption or None), as specs.pretraining_example."""
+    """`size` results of specs.pretraining_example."""
     third = size // 3 if phase.twins else 0
     rows = [language.pretraining_example(rng, mix, phase.twins) for _ in range(size - third)]
     if phase.twins:
@@ -87,7 +86,6 @@ def draw_rows(rng, size, mix, phase):
 
 
 def new_model(tokenizer):
-    """Pocket BLIP with fresh weights: torch's own for linear layers, N(0, 0.02) for embeddings."""
     blip = blip_lite.Blip({**SIZES, "vocab_size": tokenizer.vocab_size}, tokenizer)
     for name, parameter in blip.named_parameters():
         if "embeddings.weight" in name or name.endswith(("pos_embed", "cls_token")):
@@ -96,7 +94,6 @@ def new_model(tokenizer):
 
 
 def new_optimizer(blip, phase):
-    """AdamW for what the phase trains; everything else is frozen."""
     for name, parameter in blip.named_parameters():
         parameter.requires_grad_(any(part in name for part in phase.trains))
     trained = [p for p in blip.parameters() if p.requires_grad]
@@ -105,9 +102,9 @@ def new_optimizer(blip, phase):
     return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
 
-# ---------------------------------------------------------------------------------------- losses
+# --- losses
 def by_length(encode, words, mask, *images):
-    """encode(words, mask, *images) in four groups of similar length, to pad less."""
+    """`encode` in four groups of similar length, to pad less."""
     order, parts = mask.sum(1).argsort(), []
     for rows in order.chunk(4):
         T = int(mask[rows].sum(1).max())
@@ -136,8 +133,8 @@ def contrastive_loss(v, t, temperature, true):
 def draw_negatives(similarity, true, hardness, count):
     """A wrong image for each of the first `count` texts, a wrong text for each of the first images.
 
-    similarity, true: [B, B], text i and image j. They are drawn by softmax(hardness * similarity).
-    1 is BLIP's own; with hard ones from the start matching never leaves the majority answer.
+    similarity, true: [text, image]. hardness: 1 is BLIP's; with hard negatives from the start
+    matching never leaves the majority answer.
     """
     weights = (hardness * similarity.detach()).masked_fill(true, -1e4)
     image = torch.multinomial(weights[:count].softmax(1) + 1e-8, 1)[:, 0]
@@ -146,10 +143,9 @@ def draw_negatives(similarity, true, hardness, count):
 
 
 def matching_pairs(similarity, true, wrong, hardness, phase):
-    """Texts, images and labels of ITM, int64 [P] each.
+    """Texts, images and labels of ITM, int64 [P] each, true pairs first.
 
-    First true pairs; with twins, their images with wrong captions (text B + i if wrong[i], else a
-    hard text); then texts with hard images, and images with hard texts.
+    With twins, the wrong caption of image i is text B + i, or a hard text unless wrong[i].
     """
     count = int(phase.matched * len(true))
     own, hard = torch.arange(count), int(phase.hard * count)
@@ -163,7 +159,7 @@ def matching_pairs(similarity, true, wrong, hardness, phase):
 
 
 def losses(blip, rows, phase, hardness, precision):
-    """ITC, ITM, the temperature, the accuracy of matching on the rows of `draw_rows`."""
+    """-> ITC, ITM, the temperature, the accuracy of matching."""
     specs, captions, facts, mistaken = zip(*rows, strict=True)
     wrong = torch.tensor([text is not None for text in mistaken])
     texts = [*captions, *(text or "" for text in mistaken)] if phase.twins else list(captions)
@@ -176,24 +172,23 @@ def losses(blip, rows, phase, hardness, precision):
     with autocast("cpu", precision):
         logits = by_length(blip.match, words[texts], mask[texts], F_v[images]).float()
     itm = F.cross_entropy(logits, labels, torch.tensor([1.0, phase.weight]))
-    return itc, itm, temperature, (logits.argmax(1) == labels).float().mean()
+    return itc, itm, temperature, share(logits.argmax(1) == labels)
+
+
+def share(right):
+    return right.float().mean()
 
 
 @torch.no_grad()
 def validate(blip, count=1000, seed=0, precision="fp32"):
     """Held-out figures on specs of the validation split, in percent.
 
-    full / partial: text-to-image R@1 among `count` images, with captions that are full or of any
-    length; composed: with "caption of the reference that modifier". matching: accuracy on an
-    image's own caption and on the highest-ranked caption that is not true of it (chance 50). drawn:
-    the same with negatives drawn from 250 pairs as LAR draws them, half images and half texts.
+    R@1: text to image, among `count` images; partial: captions of any length. matching: accuracy on
+    an image's own caption and on the highest-ranked wrong one (chance 50). drawn: the same with
+    negatives drawn from 250 pairs as LAR draws them, half images and half texts.
     """
     blip.eval()
     out, rng, own = {}, language.Rng(seed), torch.arange(count)
-
-    def mean(right):
-        return right.float().mean()
-
     for name, keep in (("full", 1.0), ("partial", None)):
         specs = [language.sample(rng, "val", rng.choice(language.MAKERS)) for _ in own]
         texts, facts = zip(*(language.describe(spec, rng, keep) for spec in specs), strict=True)
@@ -209,10 +204,10 @@ def validate(blip, count=1000, seed=0, precision="fp32"):
         with autocast("cpu", precision):
             positive, negative, *drawn = (blip.match(words[i], mask[i], F_v[j]).argmax(1)
                                           for i, j in ((own, own), (hard, own), *drawn))
-        right, drawn = mean(positive == 1), torch.cat(drawn)
-        out[f"{name}_R@1"] = 100 * mean(similarity.argmax(1) == own).item()
-        out[f"{name}_matching"] = 50 * (right + mean(negative == 0)).item()
-        out[f"{name}_drawn"] = 50 * (right + mean(drawn == 0)).item()
+        right = share(positive == 1)
+        out[f"{name}_R@1"] = 100 * share(similarity.argmax(1) == own).item()
+        out[f"{name}_matching"] = 50 * (right + share(negative == 0)).item()
+        out[f"{name}_drawn"] = 50 * (right + share(torch.cat(drawn) == 0)).item()
     for kind in language.EDIT_KINDS:
         texts, specs = [], []
         while len(specs) < count:
@@ -223,17 +218,14 @@ def validate(blip, count=1000, seed=0, precision="fp32"):
                 caption, _ = language.describe(before, rng, 1.0)
                 texts.append(f"a photo of {caption} that {change.text}")
         v, *_, t = encode(blip, specs, texts, precision)
-        out[f"composed_{kind}_R@1"] = 100 * mean((t @ v.T).argmax(1) == own).item()
+        out[f"composed_{kind}_R@1"] = 100 * share((t @ v.T).argmax(1) == own).item()
     blip.train()
     return {name: round(percent, 1) for name, percent in out.items()}
 
 
-# --------------------------------------------------------------------------------------- training
+# --- training
 def load_state(path, settings, blip):
-    """OUT.state into the model -> the next step, the optimizer.
-
-    Raises ValueError where the file is damaged or of other settings.
-    """
+    """OUT.state into the model -> the next step, the optimizer. ValueError if unusable."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         other = [name for name, value in settings.items() if state["settings"][name] != value]
@@ -251,10 +243,7 @@ def load_state(path, settings, blip):
 
 
 def train(blip, settings, out, held_out, save_every, precision):
-    """Train to the files OUT, OUT.log and OUT.state -> the signal that stopped it, or 0.
-
-    settings: steps, batch, lr, seed, matching_of; a run resumes only with the same ones.
-    """
+    """-> the signal that stopped it, or 0. A run resumes only with the same settings."""
     steps, seed = settings["steps"], settings["seed"]
     state_file, log_file = Path(f"{out}.state"), Path(f"{out}.log")
     start, optimizer = PHASES[-1].first if settings["matching_of"] else 0, None
@@ -312,18 +301,18 @@ def parse_args(argv=None):
         prog="python -m pocket.pretrain", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add, first = parser.add_argument, PHASES[-1].first
-    add("--steps", type=int, default=6500, help="the schedule's length; fewer mean a weaker BLIP")
+    add("--steps", type=int, default=6500, help="fewer mean a weaker BLIP")
     add("--batch", type=int, default=192, help="pairs a step")
     add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
-    add("--seed", type=int, default=0, help="of weights and pairs; with --validate, of the images")
-    add("--threads", type=int, default=1, help="CPU threads; 1 where several runs share a machine")
+    add("--seed", type=int, default=0, help="with --validate, of the images")
+    add("--threads", type=int, default=1, help="of the CPU")
     add_shared_options(parser, "--precision")
-    add("--held-out", type=int, default=1000, help="images that the held-out figures rank")
+    add("--held-out", type=int, default=1000, help="images of the held-out figures")
     add("--save-every", type=int, default=250, help="steps between states to resume from")
     add("--validate", metavar="FILE", help='only print the held-out figures of FILE or "pocket"')
     add("--matching-of", metavar="FILE", help=f'begin at step {first} with FILE or "pocket"')
     add("--out", type=Path, default=VOCAB.with_name("blip.pth"),
-        help="weights (fp16); OUT.log has the figures, OUT.state is what the same command resumes")
+        help="weights; OUT.log has the figures, OUT.state is what the same command resumes")
     args = parser.parse_args(argv)
     check_options(parser, args, steps=1, batch=8, seed=0, threads=1, held_out=2, save_every=1)
     if args.lr <= 0:

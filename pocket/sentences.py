@@ -2,9 +2,8 @@
 
     python -m pocket.sentences   # sentences.json: {"red cat": ["a red cat at night", ...], ...}
 
-An LLM would use words that pocket BLIP has never seen, so a grammar writes them, without looking at
-any image. Half have the form of SEARLE's prompt and of a composed query, "a photo of {concept} that
-...". Read by baselines.text_regularization.
+An LLM would use words that pocket BLIP has never seen, so a grammar writes them. Half have the form
+of SEARLE's prompt and of a composed query, "a photo of {concept} that ...".
 """
 
 import json
@@ -22,7 +21,6 @@ SENTENCES = 8  # of each concept
 
 
 def scene_sentence(colour, kind, rng):
-    """Adds other things in the picture, or its background."""
     others = [replace(t, size=None, place=None) for t in specs.random_scene(rng, 2).things
               if t.kind != kind]
     background = rng.choice((None, *BACKGROUNDS))
@@ -48,7 +46,7 @@ def garment_sentence(colour, kind, rng):
 
 
 def make(seed=0):
-    """{concept: SENTENCES different sentences}: each colour with each kind of thing and garment."""
+    """{concept, a colour and a kind: SENTENCES different sentences}."""
     made = {}
     for kinds, sentence in ((KINDS, scene_sentence), (GARMENTS, garment_sentence)):
         for kind in kinds:

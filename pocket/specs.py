@@ -40,14 +40,14 @@ GARMENT = {"kind": GARMENTS, "colour": COLOURS, "pattern": PATTERNS, "sleeves": 
 
 SETS = {"pretrain": 50, "unlabeled": 70, "val": 85, "test": 100}  # where each ends, in percent
 EDIT_KINDS = ("one", "multi", "replace", "describe")  # see `edit`
-EARLY_MIX = {"one": 3, "multi": 3, "replace": 4}  # their weights in pre-training, at first ...
-LATE_MIX = {"one": 2, "multi": 2, "replace": 2, "describe": 4}  # ... and with the short ones learnt
+EARLY_MIX = {"one": 3, "multi": 3, "replace": 4}  # weights in pre-training at first, and later
+LATE_MIX = {"one": 2, "multi": 2, "replace": 2, "describe": 4}
 TRIES = 8  # at a wrong caption, before an image goes without one
 
 Rng = random.Random
 
 
-# ------------------------------------------------------------------------------ specs and facts
+# --- specs and facts
 @dataclass(frozen=True)
 class Thing:
     kind: str | None = None
@@ -86,7 +86,6 @@ def split_of(spec: Spec) -> str:
 
 
 def pick(rng, values, *taken):
-    """One of the values that are not taken."""
     return rng.choice([v for v in values if v not in taken])
 
 
@@ -110,7 +109,6 @@ MAKERS = (random_scene, random_garment)
 
 
 def sample(rng: Rng, split: str, make) -> Spec:
-    """The first spec of the set `split` that make(rng) draws."""
     while True:
         spec = make(rng)
         if split_of(spec) == split:
@@ -118,37 +116,32 @@ def sample(rng: Rng, split: str, make) -> Spec:
 
 
 def known(thing: Thing) -> dict[str, str]:
-    """The attributes that are said."""
     return {name: value for name, value in vars(thing).items() if value}
 
 
 def set_thing(scene: Scene, index: int, **values) -> Scene:
-    """The scene with new values of one thing; an index one past the last adds a thing."""
+    """An index one past the last adds a thing."""
     things = list(scene.things) + [Thing()] * (index == len(scene.things))
     things[index] = replace(things[index], **values)
     return replace(scene, things=tuple(things))
 
 
 def _said(spec):
-    """What is said of the image itself, and of each of its things: sets of (attribute, value)."""
+    """Sets of (attribute, value): of the image itself, and of each of its things."""
     whole = {(k, v) for k, v in vars(spec).items() if v is not None and k not in ("things", "pose")}
     things = [set(known(thing).items()) for thing in getattr(spec, "things", ())]
     return whole, [thing for thing in things if thing]
 
 
 def holds(facts, specs) -> np.ndarray:
-    """bool [A, B]: are all of facts[a] true of specs[b]?
-
-    What is said of a thing has to be true of one and the same thing of the scene.
-    """
+    """bool [A, B]: are all of facts[a] true of specs[b], those about a thing of one thing?"""
     facts, specs = map(_said, facts), [_said(spec) for spec in specs]
     return np.array([[whole <= there and all(any(map(thing.issubset, seen)) for thing in things)
                       for there, seen in specs] for whole, things in facts])
 
 
-# ------------------------------------------------------------------------------------- captions
+# --- captions
 def _join(*words):
-    """The words that are not None, with the right article before a vowel and before a plural."""
     text = " ".join(filter(None, words))
     return text.replace("a orange", "an orange").replace("a buttons", "buttons")
 
@@ -158,7 +151,6 @@ def _noun(thing):
 
 
 def say(facts: Spec, rng: Rng) -> str:
-    """Facts -> words."""
     if isinstance(facts, Scene):
         words = [_noun(thing) for thing in facts.things if thing.kind] or ["a picture"]
         for i in range(1, len(words)):
@@ -170,8 +162,7 @@ def say(facts: Spec, rng: Rng) -> str:
         words += ["and", facts.second, facts.pattern] if two else [facts.pattern]
     words.append("top" if facts.kind == "toptee" else facts.kind)
     extras = [f"{facts.sleeves} sleeves"] if facts.sleeves else []
-    extras += [f"a {facts.neckline}"] if facts.neckline else []
-    extras += [f"a {facts.detail}"] if facts.detail not in (None, "none") else []
+    extras += [f"a {part}" for part in (facts.neckline, facts.detail) if part not in (None, "none")]
     rng.shuffle(extras)
     return _join(*words, "with" if extras else None, " and ".join(extras))
 
@@ -179,7 +170,7 @@ def say(facts: Spec, rng: Rng) -> str:
 def forget(spec: Spec, rng: Rng, keep: float) -> Spec:
     """Facts: what a writer mentions of a spec, each attribute with a probability near `keep`.
 
-    The things of a scene keep their indices: one that goes unmentioned becomes an empty Thing().
+    An unmentioned thing becomes an empty Thing(), so indices stay.
     """
 
     def some(value, probability=keep):
@@ -201,19 +192,17 @@ def forget(spec: Spec, rng: Rng, keep: float) -> Spec:
 
 
 def describe(spec: Spec, rng: Rng, keep: float | None = None) -> tuple[str, Spec]:
-    """A caption that is true of `spec`, and its facts. keep: see `forget`; None = terse to full."""
+    """A true caption and its facts. keep: as for `forget`; None = from terse to full."""
     facts = forget(spec, rng, rng.choice((0.3, 0.6, 1.0)) if keep is None else keep)
     return say(facts, rng), facts
 
 
-# ---------------------------------------------------------------------------------------- edits
+# --- edits
 @dataclass(frozen=True)
 class Change:
-    """New values of one thing of a scene, or of the whole image."""
-
     thing: int | None  # its index; one past the last adds a thing; None = the whole image
     new: dict
-    said: dict | None = None  # what the modifier says of it, None = all; a value None: not known
+    said: dict | None = None  # of these, None = all; a value None: not known
 
 
 @dataclass(frozen=True)
@@ -230,7 +219,7 @@ class Edit:
         return " and ".join(self.phrases)
 
     def apply(self, spec: Spec, said=False) -> Spec:
-        """Reference -> target, in every detail. said: change only what the modifier says."""
+        """Reference -> target. said: change only what the modifier says."""
         if self.keep is not None:
             spec = replace(spec, things=tuple(spec.things[i] for i in self.keep))
         for change in self.changes:
@@ -245,12 +234,11 @@ class Edit:
 
 
 def edit(spec: Spec, rng: Rng, kind: str) -> Edit:
-    """A modifier for this image, of a kind in EDIT_KINDS.
+    """A modifier for this image.
 
-    one: a single change ("is blue"). multi: two or three ("is at night and has a dog instead of the
-    cat"). replace: one thing gives way to another that is described; for a garment, three or four
-    changes worded as a description. describe: most of the target is new and described, as CIRR's
-    writers mostly do; the reference says the rest.
+    kind: "one" change ("is blue"), or "multi": two or three; "replace": another thing takes one's
+    place (a garment: three or four changes worded as a description); "describe": most of the target
+    is new and described, as CIRR's writers mostly do; the reference says the rest.
     """
     if isinstance(spec, Garment):
         return _garment_edit(spec, rng, kind)
@@ -265,7 +253,7 @@ def _scene_edit(scene, rng, kind):
     options += [("add", last)] * 2 if last < 3 else []
     rng.shuffle(options)
     count = 1 if kind == "one" else rng.choice((2, 2, 3))
-    chosen = {}  # one change a thing: two phrases about it would contradict each other
+    chosen = {}  # one change a thing: two could contradict each other
     for what, index in options:
         if index not in chosen and len(chosen) < count:
             chosen[index] = what
@@ -297,7 +285,6 @@ def _scene_change(scene, rng, what, index):
 
 
 def _scene_replacement(scene, rng, kind):
-    """A new thing takes the place of an old one, often on another background."""
     index = rng.randrange(len(scene.things))
     new = Thing(pick(rng, KINDS, *(t.kind for t in scene.things)), pick(rng, COLOURS))
     if rng.random() < 0.4:
@@ -316,9 +303,9 @@ def _scene_replacement(scene, rng, kind):
 
 
 def _scene_description(scene, rng, kind):
-    """The writer describes the target: things that go unmentioned are gone, a background stays.
+    """Unmentioned things are gone, an unmentioned background stays.
 
-    Of a thing that stays ("next to the cat") only the kind is named; it looks as in the reference.
+    A thing that stays ("next to the cat") looks as in the reference.
     """
     kept = rng.randrange(len(scene.things)) if rng.random() < 0.5 else None
     old = Thing() if kept is None else scene.things[kept]
@@ -389,9 +376,9 @@ def _garment_change(garment, rng, what, before):
     return phrase, {what: new}, {what: new}
 
 
-# ------------------------------------------------------------------------ what pocket BLIP reads
+# --- what pocket BLIP reads
 def contradict(facts: Spec, rng: Rng) -> Spec:
-    """The same facts, if any, with one changed, or with two colours of a scene swapped."""
+    """The same facts with one changed, or with two colours of a scene swapped."""
     things = getattr(facts, "things", ())
     options = [(i, name) for i, thing in enumerate(things) for name in known(thing)]
     options += [(None, name) for name in ("background", *GARMENT)
@@ -415,17 +402,17 @@ def contradict(facts: Spec, rng: Rng) -> Spec:
 
 
 def twin(spec: Spec, rng: Rng) -> Spec:
-    """Another image of the pretrain set, a single edit away from this one and in the same pose."""
+    """An image of the pretrain set that is one edit away, in the same pose."""
     return sample(rng, "pretrain", lambda rng: edit(spec, rng, "one").apply(spec))
 
 
 def pretraining_example(rng: Rng, mix=LATE_MIX, wrong=True) -> tuple[Spec, str, Spec, str | None]:
-    """An image of the pretrain set, its caption, the caption's facts, a wrong caption of its kind.
+    """An image of the pretrain set, its caption, the caption's facts, a wrong caption or None.
 
     Six in ten captions just describe. Three in ten correct themselves ("a red cat that is blue" for
     a blue cat): that is where the frozen text encoder learns to follow a modifier, as text; ISA
-    itself never sees a triplet. One in ten is a bare statement ("is at night"). About a third begin
-    with "a photo of". mix: weights of EDIT_KINDS. wrong=False: no wrong caption, but None.
+    itself never sees a triplet. One in ten is a bare statement ("is at night"). mix: weights of
+    EDIT_KINDS.
     """
     make = rng.choice(MAKERS)
     roll = rng.random()
@@ -456,7 +443,7 @@ def pretraining_example(rng: Rng, mix=LATE_MIX, wrong=True) -> tuple[Spec, str, 
 
 
 def described(spec: Spec, rng: Rng, prefix="", wrong=True) -> tuple[Spec, str, Spec, str | None]:
-    """The same for a given image, with a caption that just describes it."""
+    """As pretraining_example, for a given image and with a caption that just describes it."""
     caption, facts = describe(spec, rng)
     for _ in range(TRIES if wrong else 0):
         false = contradict(facts, rng)
@@ -467,7 +454,7 @@ def described(spec: Spec, rng: Rng, prefix="", wrong=True) -> tuple[Spec, str, S
 
 
 def vocabulary() -> list[str]:
-    """Pocket BLIP's WordPieces: specials, letters (any word can be spelt), the grammar's words."""
+    """Pocket BLIP's WordPieces; with the letters, any word can be spelt."""
     rng, words = Rng(0), set("a photo of that picture".split())
     for _ in range(20000):
         words |= set(pretraining_example(rng, EARLY_MIX, wrong=False)[1].split())

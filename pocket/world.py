@@ -2,10 +2,10 @@
 
     python -m pocket.world --out data/pocket --seed 0
 
-writes train/ (unlabeled images) and the validation and test sets of cirr/ (scenes, one target),
-circo/ (scenes, several targets) and fashioniq/ (garments, two captions). Beyond the official fields
-each query has a "modifier_type" of specs.EDIT_KINDS; unlike the real test sets, these hold targets.
-Whatever the seed, pre-training, train/, validation and test share no spec (specs.split_of).
+writes train/ (unlabeled images) and the validation and test sets of cirr/ and circo/ (scenes) and
+fashioniq/ (garments). Beyond the official fields each query has a "modifier_type" of
+specs.EDIT_KINDS, and the test sets have targets. Whatever the seed, pre-training, train/,
+validation and test share no spec (specs.split_of).
 """
 
 import argparse
@@ -36,7 +36,7 @@ ASPECTS = {  # CIRCO's semantic aspects, as far as a modifier's wording shows th
 
 
 def _fresh(spec, rng):
-    """The same content with another pose and clutter and, for most scenes, in other places."""
+    """The same content in another pose and, for most scenes, in other places."""
     spec = replace(spec, pose=rng.getrandbits(31))
     if isinstance(spec, Scene) and rng.random() < 0.6:
         places = rng.sample(list(specs.PLACES), len(spec.things))
@@ -46,12 +46,11 @@ def _fresh(spec, rng):
 
 
 def _repeats(spec):
-    """Does a kind of thing appear twice? Two changes at once may bring the same one."""
+    """Does a kind of thing appear twice? Two changes may bring the same one."""
     return isinstance(spec, Scene) and len({t.kind for t in spec.things}) < len(spec.things)
 
 
 def _edited(reference, rng, split):
-    """A modifier for the reference and a target that shows it, both of `split`."""
     while True:
         change = specs.edit(reference, rng, rng.choices(list(MIX), weights=MIX.values())[0])
         target = _fresh(change.apply(reference), rng)
@@ -60,7 +59,7 @@ def _edited(reference, rng, split):
 
 
 def _complete(facts, rng):
-    """A scene that the facts are true of; what they leave open is drawn."""
+    """A random scene that the facts are true of."""
     while True:
         scene = random_scene(rng, count=max(rng.choice((1, 2, 3)), len(facts.things)))
         for i, fact in enumerate(facts.things):
@@ -98,9 +97,9 @@ def make_cirr(rng, split, groups):
 def make_circo(rng, counts, extra):
     """CIRCO: counts {split: queries} -> images {COCO id: spec} of both splits, {split: entries}.
 
-    A query keeps part of its reference (the shared concept) and asks for a change. Every image of
-    the gallery that fits both is a ground truth: two to five are drawn for it, others turn up by
-    chance. Queries with more than 14 (CIRCO's maximum) are dropped. extra: images for each split.
+    A query keeps part of its reference (the shared concept) and asks for a change. Every image that
+    fits both is a ground truth: two to five are drawn for it, others turn up by chance. Queries
+    with more than 14 (CIRCO's maximum) are dropped. extra: images for each split.
     """
     ids = iter(rng.sample(range(1, 600_000), 8 * sum(counts.values()) + 2 * extra))
     images, drafts = {}, []
@@ -160,7 +159,7 @@ def make_fashioniq(rng, split, category, queries, gallery):
 def contents(seed=0, scale=1.0):
     """Yields (path, content) of every file: the spec of an image, or what a JSON file holds.
 
-    captions.json has a full caption of each image. No benchmark has one; it serves upper bounds.
+    captions.json has a full caption of each image, for pocket.ceilings.
     """
 
     def size(full):
@@ -209,15 +208,14 @@ def contents(seed=0, scale=1.0):
 def _save(folder, images):
     for path, spec in images:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        jpeg, png = {"quality": 95, "subsampling": 0}, {"compress_level": 1}
-        draw(spec).save(folder / path, **(jpeg if path.endswith(".jpg") else png))
+        draw(spec).save(folder / path, quality=95, subsampling=0, compress_level=1)
 
 
 def write(out, seed=0, scale=1.0, workers=2):
     """Draw the whole world into the folder `out`, the same bytes for the same seed.
 
-    scale: below 1 for a smaller world. The folder appears only when it is complete, in place of an
-    older world. Returns the number of images. Raises ValueError where `out` holds anything else.
+    The folder appears only when it is complete, in place of an older world. Returns the number of
+    images. Raises ValueError where `out` holds anything else.
     """
     out = Path(out)
     check_folder(out.parent)
@@ -235,7 +233,7 @@ def write(out, seed=0, scale=1.0, workers=2):
                     write_json(draft / path, content)
                     continue
                 images.append((path, content))
-                if len(images) % 500 == 0:  # the workers draw while this process thinks up more
+                if len(images) % 500 == 0:  # workers draw while this process thinks up more
                     jobs.append(pool.submit(_save, draft, images[-500:]))
             _save(draft, images[len(images) // 500 * 500 :])
             for job in jobs:
@@ -250,7 +248,7 @@ def write(out, seed=0, scale=1.0, workers=2):
 
 
 def ensure(out="data/pocket"):
-    """Draw the world of seed 0 unless `out` holds a world already; that one stays as it is."""
+    """Draw the world of seed 0 unless `out` holds a world already."""
     marker = Path(out) / "world.json"
     if not marker.exists():
         print(f"drawing the pocket world into {out} ...", flush=True)
@@ -268,11 +266,11 @@ def ensure(out="data/pocket"):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m pocket.world", allow_abbrev=False,
-        description="Draw the pocket world: training images and three benchmarks.")
+        description="Draw training images and three benchmarks.")
     add = parser.add_argument
-    add("--out", default="data/pocket", help="folder to write; an older world there is replaced")
-    add("--seed", type=int, default=0, help="another seed draws other images of the same kind")
-    add("--scale", type=float, default=1.0, help="size of the world; 0.02 is enough for a test")
+    add("--out", default="data/pocket", help="an older world there is replaced")
+    add("--seed", type=int, default=0, help="another one draws other images")
+    add("--scale", type=float, default=1.0, help="of its size; 0.02 is enough for a test")
     args = parser.parse_args(argv)
     check_options(parser, args, seed=0)
     if not 0 < args.scale <= 100:
