@@ -18,16 +18,8 @@ from plumbing.files import check_folder
 SALESFORCE = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"  # BSD-3
 VOCAB = "https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt"  # Apache 2.0
 VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
-CHECKPOINTS = {
-    "model_base.pth": "ViT-B/16, 129M image-text pairs, 224 px: the paper's",
-    "model_base_14M.pth": "ViT-B/16, 14M pairs, 224 px",
-    "model_base_capfilt_large.pth": "ViT-B/16, 129M pairs, captions cleaned by ViT-L, 224 px",
-    "model_large.pth": "ViT-L/16, 129M pairs, 224 px",
-    "model_base_retrieval_coco.pth": "ViT-B/16 fine-tuned for retrieval on COCO, 384 px",
-    "model_base_retrieval_flickr.pth": "ViT-B/16 fine-tuned for retrieval on Flickr30k, 384 px",
-    "model_large_retrieval_coco.pth": "ViT-L/16 fine-tuned for retrieval on COCO, 384 px",
-    "model_large_retrieval_flickr.pth": "ViT-L/16 fine-tuned for retrieval on Flickr30k, 384 px",
-}
+LISTED = Path(__file__).with_name("checkpoints.txt").read_text()
+CHECKPOINTS = dict(line.split(maxsplit=1) for line in LISTED.splitlines())  # name -> what it is
 
 
 def download(url, path, sha256=None):
@@ -68,9 +60,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    names = "\n".join(f"  {name:34}{what}" for name, what in CHECKPOINTS.items())
     p = argparse.ArgumentParser("python -m plumbing.download", description=__doc__,
-                                epilog=f"names:\n{names}", allow_abbrev=False,
+                                epilog=f"names:\n{LISTED}", allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("name", choices=[*CHECKPOINTS, "vocab.txt"], metavar="NAME",
                    help="a checkpoint below, or vocab.txt alone")

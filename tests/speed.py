@@ -47,7 +47,7 @@ bf16 = partial(torch.autocast, DEVICE, torch.bfloat16)
 finished = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
 
 
-# ----------------------------------------------------------------------------------------------- measuring
+# ---- measuring
 def measure(functions, repeats=5):
     """{name: function} -> {name: median seconds}; they take turns, in alternating order, after a round that is not counted."""
     times = {name: [] for name in functions}
@@ -88,7 +88,7 @@ def show(what, seconds, floor=None, against=None, wanted=None):
     print(line + (f"  (wanted: {wanted})" if wanted else ""), flush=True)
 
 
-# ----------------------------------------------------------------------------------------------- 1. frozen BLIP at full size
+# ---- 1. frozen BLIP at full size
 def blip_base(device=DEVICE):
     """(ours, transformers'): BLIP ViT-B of 224 px with the same made-up weights, frozen."""
     theirs = filled(hugging_face(224, 12, 30524)).requires_grad_(False)
@@ -141,7 +141,7 @@ def part_blip():
         show(f"{what}, bf16 against transformers in fp32", t["ours16"], None, t["theirs"], "3 x for images")
 
 
-# ----------------------------------------------------------------------------------------------- 2. a training step at full size
+# ---- 2. a training step at full size
 def part_step():
     """EfficientNet-B2, BLIP-base at 224 px, stored v and F^v, bf16: ours, and a plain step on transformers' modules."""
     rate, count = peak(torch.bfloat16), 320 if DEVICE == "cuda" else 32
@@ -232,7 +232,7 @@ def part_step():
         show("  the plain step with freed memory kept", kept["plain"])
 
 
-# ----------------------------------------------------------------------------------------------- 3. the pocket world
+# ---- 3. the pocket world
 def part_pocket():
     """python train.py && python evaluate.py table, from nothing: where the seconds go."""
     with tempfile.TemporaryDirectory() as folder:
@@ -296,7 +296,7 @@ def part_pocket_step():
     torch.set_num_threads(threads)
 
 
-# ----------------------------------------------------------------------------------------------- 4. ranking
+# ---- 4. ranking
 def unit(rows, seed):
     return F.normalize(torch.randn(rows, 256, generator=torch.Generator().manual_seed(seed)), dim=1)
 
@@ -382,7 +382,7 @@ def part_large():
         print(f"  peak memory of this process: {memory:.2f} GiB (wanted: at most 1; run this part alone)")
 
 
-# ----------------------------------------------------------------------------------------------- 6. memory
+# ---- 6. memory
 def part_memory():
     """Peak memory of train.py on tar shards of 1,000, 10,000 and 100,000 made-up images, --cache full and none."""
     picture = io.BytesIO()

@@ -38,7 +38,7 @@ from plumbing.images import find_images
 LONGEST = 700  # characters; nobody reads a longer sentence
 
 
-# ------------------------------------------------------------------------------------ wrong files
+# ---- wrong files
 # A case's `wrong` is a dict, file -> content: bytes or text, a path to copy, None for no such file,
 # a function (here, path) -> one of these; for a name that ends in "/" how many sound images the
 # folder holds. A file in cirr/, fashioniq/ or circo/ lies in a copy of that benchmark.
@@ -188,7 +188,7 @@ def huge_png(side=30_000):
         map(chunk, (b"IHDR", b"IDAT", b"IEND"), (header, rows, b"")))
 
 
-# -------------------------------------------------------------------------------------- the table
+# ---- the table
 @dataclass
 class Case:
     name: str
@@ -476,7 +476,7 @@ CASES = [
 ]
 
 
-# ---------------------------------------------------------------------------------------- running
+# ---- running
 @pytest.fixture
 def here(tmp_path, small_world, trained, tmp_path_factory):
     """An empty current folder, and what the commands of the table are filled in with."""
@@ -564,7 +564,7 @@ def test_a_huge_image_takes_no_memory(here):
     assert used.ru_maxrss < (1 << 20)  # KiB
 
 
-# ----------------------------------------------------------- disks that are full or not ours
+# ---- disks that are full or not ours
 def limited(size):
     """No file of this process may grow beyond `size` bytes: to a writer, that is a full disk."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -645,7 +645,7 @@ def test_a_read_only_disk(here):
         subprocess.run(["umount", disk], check=True)
 
 
-# ------------------------------------------------------------------------------ several processes
+# ---- several processes
 def test_a_port_that_is_taken(here):
     """As the first process of any launcher; torchrun itself asks for the port before it starts."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -686,7 +686,7 @@ def test_a_gpu_that_is_too_small(here, call_script, monkeypatch):
     check(case, call_script(*words(here, case.command)), {}, here.cwd)
 
 
-# ------------------------------------------------------------------------------ what has to work
+# ---- what has to work
 BLOCKS = np.random.default_rng(5).integers(0, 256, (3, 5, 3))
 BLOCK = np.kron(BLOCKS, np.ones((16, 16, 1))).astype(np.uint8)  # [48, 80, 3]
 

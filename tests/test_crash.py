@@ -30,7 +30,7 @@ if sys.platform != "linux":
     pytest.skip("forking from a test is safe only there", allow_module_level=True)
 
 
-# ---------------------------------------------------------------------- processes to be killed
+# ---- processes to be killed
 def at_step(n, act):
     """GCD that calls act(loss, t) in its n-th call (from 1) and returns what act returns, if
     anything."""
@@ -153,7 +153,7 @@ def exists(cwd, pattern):
     return lambda: any(cwd.glob(pattern))
 
 
-# ---------------------------------------------------------------------- SIGKILL
+# ---- SIGKILL
 def test_three_kills_change_nothing(trained, tmp_path):
     """While features are stored, while a checkpoint is written, and between steps."""
     options = [*trained.options, "--name", "a", "--save-every", 1, "--resume"]
@@ -224,7 +224,7 @@ def test_thirty_two_kills_change_nothing(small_world, tmp_path):
     check_same(run, tmp_path / "runs/whole")
 
 
-# ---------------------------------------------------------------------- Ctrl-C and SIGTERM
+# ---- Ctrl-C and SIGTERM
 SIGNALS = pytest.mark.parametrize("number", [
     signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 
@@ -290,7 +290,7 @@ def test_control_c_twice_stops_at_once(train, tmp_path):
     assert step(tmp_path / "runs/a") == step(tmp_path / "runs/a", "isa.pt") == 2
 
 
-# ---------------------------------------------------------------------- full disks
+# ---- full disks
 def limited(size):
     """From now on no file of this process may grow beyond `size` bytes, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -396,7 +396,7 @@ def test_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     assert done == [(5, b"old")] and path.read_bytes() == b"newer"
 
 
-# ---------------------------------------------------------------------- weights that are not finite
+# ---- weights that are not finite
 @pytest.mark.parametrize("at, error", [
     (4, "weights are not finite after step 4"), (2, "the loss is nan at step 2")])
 def test_weights_that_are_not_finite_never_replace_good_ones(train, tmp_path, at, error):
@@ -413,7 +413,7 @@ def test_weights_that_are_not_finite_never_replace_good_ones(train, tmp_path, at
     assert at == 4 or not list(run.glob("*.pt"))
 
 
-# ---------------------------------------------------------------------- what --resume may find
+# ---- what --resume may find
 @pytest.fixture
 def finished(trained, train, tmp_path):
     """A copy of the finished run as run "a"."""
@@ -439,7 +439,7 @@ def test_a_resumed_run_that_is_killed_early_keeps_its_log(finished, train):
     assert log(finished) == [{"step": 2}]
 
 
-# ---------------------------------------------------------------------- determinism
+# ---- determinism
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_same_seed_same_bits_in_another_process(trained, tmp_path, workers):
     """With another hash seed and other workers, from the features on."""
@@ -469,7 +469,7 @@ def test_whatever_is_random_is_the_seeds(trained, tmp_path, more):
     assert not same(weights(tmp_path / "runs/b"), weights(run))
 
 
-# ---------------------------------------------------------------------- pretraining and SEARLE
+# ---- pretraining and SEARLE
 PRETRAIN = ["--steps", 4, "--batch", 12, "--held-out", 8, "--save-every", 3, "--precision", "fp32"]
 
 

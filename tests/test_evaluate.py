@@ -27,7 +27,7 @@ from plumbing.options import check_lengths
 PLAIN = ["--precision", "fp32", "--workers", 0]
 
 
-# -------------------- computed here, one at a time
+# ---- computed here, one at a time
 def unit(x):
     return x / x.pow(2).sum(-1, keepdim=True).sqrt()
 
@@ -69,7 +69,7 @@ def cirr(small_world, pocket_blip):
         return entries, paths, {n: image_feature(pocket_blip, path) for n, path in paths.items()}
 
 
-# -------------------- query features
+# ---- query features
 def test_baselines_are_their_formulas(pocket_blip):
     torch.manual_seed(0)
     v = F.normalize(torch.randn(3, 64), dim=-1)
@@ -181,7 +181,7 @@ def test_a_two_sided_model_encodes_the_gallery_too(variant, setting, encoder):
     assert rankings != val.rank(q, None, k=3)[0]
 
 
-# -------------------- table
+# ---- table
 @pytest.fixture(scope="module")
 def second(trained):
     """A second "seed": the trained query model with some noise."""
@@ -347,7 +347,7 @@ def test_other_models_in_the_table(variant, run, small_world, tmp_path):
     assert done.status == 1 and "nowhere.pt" in done.message
 
 
-# -------------------- submit
+# ---- submit
 def scores_printed(text):
     """The last line of `score` with metrics -> {metric: value}."""
     line = [line for line in text.splitlines() if "@" in line and "mAP@10 " not in line[:9]][-1]
@@ -391,7 +391,7 @@ def one_line(finished, *parts):
         assert part in finished.err
 
 
-# -------------------- check
+# ---- check
 @pytest.fixture
 def check(call_script):
     return lambda *options: call_script("evaluate.py", "check", *options)
@@ -440,7 +440,7 @@ def test_check_of_a_training_folder(check, small_world, tmp_path):
     assert 40 < damaged < 100  # a third of 200, drawn at random
 
 
-# -------------------- bad input
+# ---- bad input
 @pytest.fixture
 def no_blip(monkeypatch):
     monkeypatch.setattr(blip_lite, "load", lambda *_, **__: pytest.fail("loaded BLIP"))

@@ -54,7 +54,7 @@ def property_of(*strategies, times=1.0):
     return lambda test: some(given(*strategies)(test))
 
 
-# ------------------------------------------------------------------------------------- rankings
+# ---- rankings
 LARGEST = float(np.finfo(np.float32).max)
 EXPONENTS = {  # products of 2^90 leave the range of float32, of 2^-149 too
     "float32": ((0,), (0, 1, -1), (0, 30, -30), (90,), (-149,), (-149, 0, 90)),
@@ -161,7 +161,7 @@ def test_rank_and_rank_subsets_are_full_sorts(name):
     check()
 
 
-# -------------------------------------------------------------------------------------- metrics
+# ---- metrics
 def average_precision(ranking, targets, k):
     """AP@K, exactly: precision at each rank that holds a truth, over min(K, number of truths)."""
     hits = [i for i, x in enumerate(ranking[:k], 1) if x in targets]
@@ -320,7 +320,7 @@ def test_queries_are_encoded_in_any_batches_and_two_captions_averaged(captions, 
         torch.testing.assert_close(found[row], nn.functional.normalize(total, dim=0))
 
 
-# ------------------------------------------------------------------------------------ tokenizer
+# ---- tokenizer
 ODD = [
     "[SEP]", "[CLS]", "[PAD]", "[UNK]", "[MASK]", "[ENC]", "[DEC]", "[sep]", "##s", "##", "[", "]",
     "#", " ", "\t\n", "\x00", "\x1c", "\x85", "\u2028", "\u200d", "\u200b", "\ufeff", "\u202e",
@@ -409,7 +409,7 @@ def test_every_character_is_split_as_by_transformers(tokenizer, reference):
         assert tokenizer.tokenize(text) == reference.tokenize(text), hex(start)
 
 
-# --------------------------------------------------------------------------------- query, losses
+# ---- query, losses
 WIDTH = 64
 SIZES = dict(image_size=32, patch_size=16, image_width=64, image_depth=1, max_positions=4000,
              word_dim=WIDTH, text_depth=2, embed_dim=32)
@@ -529,7 +529,7 @@ def test_tokens_do_not_depend_on_the_order_of_pixels_and_images(case):
     torch.testing.assert_close(module(maps[:1]), U[:1], rtol=1e-7, atol=1e-9)
 
 
-# --------------------------------------------------------------------------------------- images
+# ---- images
 MODES = "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV I F I;16 I;16B I;16L".split()
 
 
@@ -601,7 +601,7 @@ def test_images_of_any_name_are_found(in_folder, in_shard):
         assert found == wanted and len(images) == len(wanted)
 
 
-# -------------------------------------------------------------------------------------- training
+# ---- training
 @st.composite
 def trainings(draw):
     """Settings of `batches`: files, which of them are bad, batch, seed, epochs, buffer, RUN, ..."""

@@ -33,7 +33,7 @@ def cell_of(notebook, name):
     return next(cell for cell in notebook.cells if assignment.mark(cell).get("grade_id") == name)
 
 
-# ---------- sources and release
+# ---- sources and release
 def test_marks_are_nbgraders(source):
     marks = [cell.metadata.nbgrader for cell in source.cells if "nbgrader" in cell.metadata]
     assert len({m.grade_id for m in marks}) == len(marks)
@@ -104,7 +104,7 @@ def test_what_is_not_a_notebook_is_reported_in_a_sentence(call_script, tmp_path)
     assert "is not a Jupyter notebook" in rows[0]["remarks"]
 
 
-# ---------- which cells run
+# ---- which cells run
 def test_tests_and_setup_come_from_the_source_whatever_is_submitted(source):
     submission = copy.deepcopy(source)
     for cell in submission.cells:
@@ -145,7 +145,7 @@ def test_a_copy_of_isa_is_remarked():
     assert assignment.assemble(source, submission)[1] == [remark]
 
 
-# ---------- grading (slow: starts kernels)
+# ---- grading (slow: starts kernels)
 # Sets of typical mistakes: test, what the solution says, what the student says, part of message.
 # Those of a set are submitted together: each has to cost its own test's points and no others.
 MISTAKES = {
@@ -281,7 +281,7 @@ def test_hostile_work_costs_only_its_own_points():
     assert "the cell lar is missing" in remarks and "blind-spots mentions isa" in remarks
 
 
-# ---------- leaderboard
+# ---- leaderboard
 BOARD = "notebooks/assignments/leaderboard.py"
 PARTS = (("cirr", "test1", None), ("fashioniq", "test", "dress"), ("circo", "test", None))
 
