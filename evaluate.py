@@ -58,7 +58,7 @@ def open_benchmarks(benchmark="all", data=None, split=None, images=True, targets
             benchmarks.require_images(part)
         if targets and not part.queries[0].targets:
             raise ValueError(f"{part.name} {part.split} has no ground truth; "
-                             "`python evaluate.py submit` writes what its server scores")
+                             "`evaluate.py submit` writes what its server scores")
     return opened
 
 
@@ -94,7 +94,7 @@ def all_rankings(settings, methods, targets=True):
 
 
 def table(args):
-    """Compare methods on benchmarks: print a table and write it to a file."""
+    """Print a table of methods on benchmarks and write it to a file."""
     check_output(args.json)  # what could fail at the end fails now
     if args.picture:
         check_picture(args.picture)
@@ -146,7 +146,7 @@ def score(args):
         short = sum(len(names) < min(50, len(part.gallery) - 1) for names in best.values())
         if short:
             print(f"{short} of {len(best)} lists hold fewer than 50 names; "
-                  "names that are left out count as not found")
+                  "names left out count as not found")
         print(f"{part.name} {part.category or ''} {part.split}: {one_line(metrics)}")
         for aspect, value in benchmarks.aspect_scores(part, best).items():
             print(f"  mAP@10 {aspect}: {value:.2f}")

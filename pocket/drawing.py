@@ -1,7 +1,4 @@
-"""Specs -> images of 64 x 64 pixels, drawn with PIL on twice as many and reduced: smooth edges.
-
-What no caption mentions (jitter, direction, clutter) comes from spec.pose.
-"""
+"""Specs -> images of 64 x 64 pixels, drawn at twice the size and reduced: smooth edges."""
 
 import json
 import random

@@ -1,8 +1,7 @@
 """Pre-train pocket BLIP on drawn pairs, by image-text contrast (ITC) and matching (ITM).
 
-    python -m pocket.pretrain --out pocket/blip.pth                # the shipped weights
-    python -m pocket.pretrain --validate pocket                    # their held-out figures
-    python -m pocket.pretrain --matching-of FILE --out other.pth   # the last phase alone
+    python -m pocket.pretrain --out pocket/blip.pth   # the shipped weights
+    python -m pocket.pretrain --validate pocket       # their held-out figures
 
 Every step draws new pairs. Unlike BLIP's recipe there is no momentum encoder and no queue (a batch
 of 192 is large beside a world this small), no decoder loss, and a caption that is true of another
@@ -235,11 +234,11 @@ def load_state(path, settings, blip):
             optimizer.load_state_dict(state["optimizer"])
             return state["step"], optimizer
     except Exception:  # torch.load reports damaged files in many ways
-        raise ValueError(f"{path}: is damaged or of another version of this program; delete it to "
-                         "start anew") from None
-    option, was = f"--{other[0].replace('_', '-')}", state["settings"][other[0]]
-    raise ValueError(f"{path}: is of {option} {was}, not {settings[other[0]]}; give {option} "
-                     f"{was}, or delete the file to start anew")
+        raise ValueError(f"{path}: is damaged or of another version; delete it to start anew"
+                         ) from None
+    option = f"--{other[0].replace('_', '-')} {state['settings'][other[0]]}"
+    raise ValueError(f"{path}: is of {option}, not {settings[other[0]]}; give {option}, or delete "
+                     "the file to start anew")
 
 
 def train(blip, settings, out, held_out, save_every, precision):
@@ -309,7 +308,7 @@ def parse_args(argv=None):
     add_shared_options(parser, "--precision")
     add("--held-out", type=int, default=1000, help="images of the held-out figures")
     add("--save-every", type=int, default=250, help="steps between states to resume from")
-    add("--validate", metavar="FILE", help='only print the held-out figures of FILE or "pocket"')
+    add("--validate", metavar="FILE", help='only print figures of FILE or "pocket"')
     add("--matching-of", metavar="FILE", help=f'begin at step {first} with FILE or "pocket"')
     add("--out", type=Path, default=VOCAB.with_name("blip.pth"),
         help="weights; OUT.log has the figures, OUT.state is what the same command resumes")

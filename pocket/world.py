@@ -135,7 +135,7 @@ def make_circo(rng, counts, extra):
 
 
 def make_fashioniq(rng, split, category, queries, gallery):
-    """FashionIQ -> images {name: spec}, entries: two captions a query, parts of its modifier."""
+    """FashionIQ -> images {name: spec}, entries with two captions each."""
     images, entries, make = {}, [], partial(random_garment, kind=category)
     name = f"{split[0].upper()}{category[0].upper()}{{:07d}}".format
     for _ in range(queries):
@@ -221,8 +221,8 @@ def write(out, seed=0, scale=1.0, workers=2):
     check_folder(out.parent)
     is_world = (out / "world.json").exists()
     if out.is_file() or (out.exists() and not is_world and any(out.iterdir())):
-        raise ValueError(f"{out}: holds other things than a pocket world, which would be lost; "
-                         "move it, or give another --out")
+        raise ValueError(f"{out}: holds other things than a pocket world; move it, or "
+                         "give another --out")
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     pool, images, jobs = ProcessPoolExecutor(workers, initializer=ignore_signals), [], []
