@@ -1,12 +1,11 @@
-"""How fast this code runs, as ratios that one run measures: against a reference, and against what the machine could do.
+"""How fast this code runs, against a reference and against what the machine could do.
 
     python tests/speed.py                    # all parts, about 15 minutes on two cores
     python tests/speed.py blip step          # some of them
 
-Everything that is compared runs in turn, forwards and backwards, several times over; medians are printed. The *floor* of a
-computation is its matrix products and convolutions (torch.utils.flop_counter) at the speed of the best large matrix product
-that was measured on this machine at the start, or its bytes at the speed of reading them. Nothing else about time is
-asserted anywhere in the tests: these figures are to be read.
+What is compared takes turns; medians are printed. The *floor* of a computation is its matrix
+products and convolutions at the speed of the best large matrix product measured here, or its bytes
+at the speed of reading them. Nothing about time is asserted: these figures are to be read.
 """
 
 import argparse
@@ -49,7 +48,7 @@ finished = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
 
 # ---- measuring
 def measure(functions, repeats=5):
-    """{name: function} -> {name: median seconds}; they take turns, in alternating order, after a round that is not counted."""
+    """{name: function} -> {name: median seconds}, in alternating order after a warm-up round."""
     times = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -64,17 +63,18 @@ def measure(functions, repeats=5):
 
 
 def peak(dtype):
-    """The best of several large matrix products (those of a ViT-B on 16 images, and square ones), in operations a second."""
+    """Operations a second of the best large matrix product: those of a ViT-B, and square ones."""
     best = 0
     for m, k, n in ((3152, 768, 3072), (3152, 3072, 768), (2048, 2048, 2048), (4096, 4096, 4096)):
-        a, b = torch.randn(m, k, dtype=dtype, device=DEVICE), torch.randn(n, k, dtype=dtype, device=DEVICE)
+        a = torch.randn(m, k, dtype=dtype, device=DEVICE)
+        b = torch.randn(n, k, dtype=dtype, device=DEVICE)
         seconds = measure({"product": lambda a=a, b=b: F.linear(a, b)}, repeats=9)["product"]
         best = max(best, 2 * m * k * n / seconds)
     return best
 
 
 def operations(function):
-    """Operations of the matrix products and convolutions in function(): two for each product and sum."""
+    """Operations of function()'s matrix products and convolutions; product and sum are two."""
     counter = FlopCounterMode(display=False)
     with counter:
         function()
@@ -92,7 +92,8 @@ def show(what, seconds, floor=None, against=None, wanted=None):
 def blip_base(device=DEVICE):
     """(ours, transformers'): BLIP ViT-B of 224 px with the same made-up weights, frozen."""
     theirs = filled(hugging_face(224, 12, 30524)).requires_grad_(False)
-    state = {_our_name(name): x for name, x in theirs.state_dict().items() if not name.endswith("position_ids")}
+    state = {_our_name(name): x for name, x in theirs.state_dict().items()
+             if not name.endswith("position_ids")}
     state["temp"] = torch.tensor(0.07)
     ours = blip_lite.Blip(infer_sizes(state, 224), blip_lite.Tokenizer(POCKET / "vocab.txt"))
     ours.load_state_dict(state, assign=True)
@@ -101,60 +102,60 @@ def blip_base(device=DEVICE):
 
 @torch.no_grad()
 def part_blip():
-    """The frozen encoders, batch 16: images, texts of 16 tokens, and matching: a text and two wrong ones for each image."""
+    """The frozen encoders: 16 images, and 48 texts of 16 tokens, three for each image."""
     speed = {torch.float32: peak(torch.float32), torch.bfloat16: peak(torch.bfloat16)}
-    print("  measured peak: " + ", ".join(f"{str(d)[6:]} {x / 1e9:.0f} Gop/s" for d, x in speed.items()))
+    print("  measured peak: " + ", ".join(f"{d} {x / 1e9:.0f} Gop/s" for d, x in speed.items()))
     ours, theirs = blip_base("cpu")
     pixels, ids = torch.randn(16, 3, 224, 224), torch.randint(5, 400, (48, 16))
     mask, rows = torch.ones_like(ids), torch.arange(48) % 16
     words, F_v = ours.embed_words(ids), ours.encode_image(pixels)[1]
-    pairs = {
-        "images -> v": (
-            lambda: ours.encode_image(pixels, cls_only=True),
-            lambda: F.normalize(theirs.vision_proj(theirs.vision_model(pixels).last_hidden_state[:, 0]), dim=-1),
-        ),
-        "images -> v and F^v": (
-            lambda: ours.encode_image(pixels),
-            lambda: F.normalize(theirs.vision_proj(theirs.vision_model(pixels).last_hidden_state[:, 0]), dim=-1),
-        ),
-        "48 texts -> t": (
-            lambda: ours.encode_text(words, mask),
-            lambda: F.normalize(theirs.text_proj(theirs.text_encoder(ids, mask).last_hidden_state[:, 0]), dim=-1),
-        ),
-        "48 texts, 3 an image -> matching logits": (
-            lambda: ours.match(words, mask, F_v, rows),
-            lambda: theirs.itm_head(theirs.text_encoder(ids, mask, encoder_hidden_states=F_v[rows]).last_hidden_state[:, 0]),
-        ),
-    }
-    for what, (our, their) in pairs.items():
+
+    def their_v():
+        F_v = theirs.vision_model(pixels).last_hidden_state
+        return F.normalize(theirs.vision_proj(F_v[:, 0]), dim=-1)
+
+    def their_cls(**image):
+        return theirs.text_encoder(ids, mask, **image).last_hidden_state[:, 0]
+
+    def in_bf16(function):
+        with bf16():
+            function()
+
+    for what, our, their in (
+        ("images -> v", lambda: ours.encode_image(pixels, cls_only=True), their_v),
+        ("images -> v and F^v", lambda: ours.encode_image(pixels), their_v),
+        ("48 texts -> t", lambda: ours.encode_text(words, mask),
+         lambda: F.normalize(theirs.text_proj(their_cls()), dim=-1)),
+        ("48 texts, 3 an image -> matching logits", lambda: ours.match(words, mask, F_v, rows),
+         lambda: theirs.itm_head(their_cls(encoder_hidden_states=F_v[rows]))),
+    ):
         floor = {dtype: operations(our) / rate for dtype, rate in speed.items()}
-
-        def in_bf16(function):
-            with bf16():
-                function()
-
-        t = measure({"ours": our, "theirs": their, "ours16": partial(in_bf16, our), "theirs16": partial(in_bf16, their)})
+        t = measure({"ours": our, "theirs": their, "ours16": partial(in_bf16, our),
+                     "theirs16": partial(in_bf16, their)})
         show(f"{what}, fp32, transformers", t["theirs"])
         show(f"{what}, fp32", t["ours"], floor[torch.float32], t["theirs"], "1.1 x")
         show(f"{what}, bf16, transformers", t["theirs16"])
-        show(f"{what}, bf16", t["ours16"], floor[torch.bfloat16], t["theirs16"], "60 % of the floor's speed")
-        show(f"{what}, bf16 against transformers in fp32", t["ours16"], None, t["theirs"], "3 x for images")
+        wanted = "60 % of the floor's speed"
+        show(f"{what}, bf16", t["ours16"], floor[torch.bfloat16], t["theirs16"], wanted)
+        show(f"{what}, bf16 to fp32", t["ours16"], None, t["theirs"], "3 x for images")
 
 
 # ---- 2. a training step at full size
 def part_step():
-    """EfficientNet-B2, BLIP-base at 224 px, stored v and F^v, bf16: ours, and a plain step on transformers' modules."""
+    """EfficientNet-B2, BLIP-base, stored v and F^v, bf16: ours, and one with transformers."""
     rate, count = peak(torch.bfloat16), 320 if DEVICE == "cuda" else 32
-    print(f"  {count} images on {DEVICE}; measured peak {rate / 1e12:.2f} Top/s" + ("; CUDA: not run" if DEVICE == "cpu" else ""))
+    print(f"  {count} images on {DEVICE}; measured peak {rate / 1e12:.2f} Top/s")
     ours, theirs = blip_base()
     torch.manual_seed(0)
     encoder = query_side.build("efficientnet_b2").to(DEVICE)
     mapper = isa.AdaptiveTokenLearner(encoder.out_channels, 768).to(DEVICE)
-    plain_encoder = models.efficientnet_b2().features.to(DEVICE)  # as torchvision builds it, with the same weights
+    plain_encoder = models.efficientnet_b2().features.to(DEVICE)  # as torchvision builds it
     plain_encoder.load_state_dict(encoder.state_dict())
-    model, plain_model = isa.QueryModel(encoder, mapper).train(), isa.QueryModel(plain_encoder, mapper).train()
+    model = isa.QueryModel(encoder, mapper).train()
+    plain_model = isa.QueryModel(plain_encoder, mapper).train()
     pixels = torch.randn(count, 3, 224, 224, device=DEVICE)
-    v, F_v = F.normalize(torch.randn(count, 256, device=DEVICE), dim=-1), torch.randn(count, 197, 768, device=DEVICE)
+    v = F.normalize(torch.randn(count, 256, device=DEVICE), dim=-1)
+    F_v = torch.randn(count, 197, 768, device=DEVICE)
 
     def our_step(speak=model, lar=True):
         torch.manual_seed(1)
@@ -172,12 +173,12 @@ def part_step():
     def encode(words, mask, image=None):
         """transformers' text encoder, from word vectors on."""
         hidden = theirs.text_encoder.embeddings(inputs_embeds=words)
-        return theirs.text_encoder(
-            encoder_embeds=hidden, attention_mask=mask, encoder_hidden_states=image, is_decoder=False
-        ).last_hidden_state[:, 0]
+        out = theirs.text_encoder(encoder_embeds=hidden, attention_mask=mask,
+                                  encoder_hidden_states=image, is_decoder=False)
+        return out.last_hidden_state[:, 0]
 
     def plain_step():
-        """As BLIP's own pre-training spells it: a pass for the pairs, one for both kinds of wrong pairs."""
+        """As BLIP's own pre-training: a pass for the pairs, one for both kinds of wrong pairs."""
         torch.manual_seed(1)
         with bf16():
             words, mask = isa.compose_query(ours, plain_model(pixels))
@@ -185,12 +186,14 @@ def part_step():
         gcd = isa.global_contrastive_distillation(v, t, ours.temperature)
         image, sentence = isa.sample_hard_negatives(v, t, ours.temperature)
         with bf16():
-            enc = ours.embed_words(torch.tensor(ours.tokenizer.enc_id, device=DEVICE)).expand(count, 1, -1)
-            words = torch.cat([enc, words[:, 1:]], dim=1)
+            enc = ours.embed_words(torch.tensor(ours.tokenizer.enc_id, device=DEVICE))
+            words = torch.cat([enc.expand(count, 1, -1), words[:, 1:]], dim=1)
             right = encode(words, mask, F_v)
-            wrong = encode(torch.cat([words, words[sentence]]), torch.cat([mask, mask]), torch.cat([F_v[image], F_v]))
+            wrong = encode(torch.cat([words, words[sentence]]), torch.cat([mask, mask]),
+                           torch.cat([F_v[image], F_v]))
             logits = theirs.itm_head(torch.cat([right, wrong])).float()
-        loss = gcd + F.cross_entropy(logits, torch.cat([mask.new_ones(count), mask.new_zeros(2 * count)]))
+        labels = torch.cat([mask.new_ones(count), mask.new_zeros(2 * count)])
+        loss = gcd + F.cross_entropy(logits, labels)
         plain_model.zero_grad(set_to_none=True)
         loss.backward()
         return loss
@@ -201,34 +204,40 @@ def part_step():
         features.float().sum().backward()
 
     def frozen_part():
-        """Our step from the tokens on, to be counted: torch's counter is far too high for the backward of grouped convolutions."""
+        """Our step from the tokens on; torch overcounts the backward of grouped convolutions."""
         with bf16():
-            words, mask = isa.compose_query(ours, torch.zeros(count, 6, 768, device=DEVICE, requires_grad=True))
+            U = torch.zeros(count, 6, 768, device=DEVICE, requires_grad=True)
+            words, mask = isa.compose_query(ours, U)
             t = ours.encode_text(words, mask)
-            (isa.local_alignment_regularization(ours, words, mask, F_v, v, t) + t.sum()).backward()
+            lar = isa.local_alignment_regularization(ours, words, mask, F_v, v, t)
+            (lar + t.sum()).backward()
 
-    print(f"  the two losses differ by {abs(our_step().item() - plain_step().item()):.1e} (bfloat16)")
+    differ = abs(our_step().item() - plain_step().item())
+    print(f"  the two losses differ by {differ:.1e} (bfloat16)")
     with torch.no_grad():
         forward = operations(partial(encoder, pixels))
-    total = 3 * forward + operations(frozen_part)  # backward through the light encoder is twice its forward
-    variants = {"plain": plain_step, "ours": our_step, "gcd": partial(our_step, lar=False)}
-    variants |= {"plain light": partial(light, plain_encoder), "light": partial(light, encoder)}
+    total = 3 * forward + operations(frozen_part)  # the light encoder's backward: twice its forward
+    variants = {"plain": plain_step, "ours": our_step, "gcd": partial(our_step, lar=False),
+                "plain light": partial(light, plain_encoder), "light": partial(light, encoder)}
     if DEVICE == "cuda":
         variants["compiled"] = partial(our_step, torch.compile(model))
     seconds = measure(variants)
     show("a plain step on transformers' modules", seconds["plain"])
     show("  of that, torchvision's EfficientNet-B2", seconds["plain light"])
     show("our step, GCD + LAR", seconds["ours"], total / rate, seconds["plain"], "1.5 x")
-    show("  of that, our EfficientNet-B2", seconds["light"], 3 * forward / rate, seconds["plain light"])
-    show("  the rest", seconds["ours"] - seconds["light"], (total - 3 * forward) / rate, seconds["plain"] - seconds["plain light"])
+    show("  of that, our EfficientNet-B2", seconds["light"], 3 * forward / rate,
+         seconds["plain light"])
+    show("  the rest", seconds["ours"] - seconds["light"], (total - 3 * forward) / rate,
+         seconds["plain"] - seconds["plain light"])
     show("our step, GCD alone", seconds["gcd"])
     if DEVICE == "cuda":
         show("our step, torch.compile", seconds["compiled"], total / rate, seconds["plain"])
-    else:  # as train.py does; compared with the plain step as it was before, which is what others get
+    else:  # as train.py does; compared with the plain step as it was before
         keep_freed_memory()
         round_frozen_weights(ours, "bf16")
         kept = measure({"plain": plain_step, "ours": our_step})
-        show("our step as in train.py: freed memory kept, weights rounded", kept["ours"], total / rate, seconds["plain"], "1.5 x")
+        show("our step as in train.py: freed memory kept, weights rounded", kept["ours"],
+             total / rate, seconds["plain"], "1.5 x")
         show("  the plain step with freed memory kept", kept["plain"])
 
 
@@ -237,19 +246,23 @@ def part_pocket():
     """python train.py && python evaluate.py table, from nothing: where the seconds go."""
     with tempfile.TemporaryDirectory() as folder:
         marks = {"start": time.perf_counter()}
-        said = {"drawing the pocket world": "python and torch start", "24000 images: v": "drawing the world, listing its images",
+        said = {"drawing the pocket world": "python and torch start",
+                "24000 images: v": "drawing the world, listing its images",
                 "M trained parameters": "storing v and F^v", "wrote runs/pocket": "training"}
-        process = subprocess.Popen([sys.executable, "-u", ROOT / "train.py"], cwd=folder, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, "-u", ROOT / "train.py"], cwd=folder,
+                                   stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
             for words, what in said.items():
                 if words in line:
                     marks[what] = time.perf_counter()
         if process.wait() != 0:
             raise SystemExit("train.py failed")
-        subprocess.run([sys.executable, ROOT / "evaluate.py", "table"], cwd=folder, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run([sys.executable, ROOT / "evaluate.py", "table"], cwd=folder,
+                       stdout=subprocess.DEVNULL, check=True)
         marks["evaluation, with its galleries"] = time.perf_counter()
     names, times = list(marks), list(marks.values())
-    spent = {name: after - before for name, before, after in zip(names[1:], times, times[1:], strict=False)}
+    spent = {name: after - before
+             for name, before, after in zip(names[1:], times, times[1:], strict=False)}
     for name, seconds in spent.items():
         print(f"  {name:58s} {seconds:7.1f} s")
     others = sum(spent.values()) - spent["training"]
@@ -262,7 +275,8 @@ def part_pocket_step():
     torch.set_num_threads(1)
     blip = blip_lite.load("pocket")
     encoder = query_side.build("pocketnet")
-    model = isa.QueryModel(encoder, isa.AdaptiveTokenLearner(encoder.out_channels, blip.word_dim)).train()
+    mapper = isa.AdaptiveTokenLearner(encoder.out_channels, blip.word_dim)
+    model = isa.QueryModel(encoder, mapper).train()
     optimizer = torch.optim.AdamW(model.parameters())
     pixels = torch.randn(256, 3, 64, 64)
     with torch.no_grad():
@@ -301,61 +315,62 @@ def unit(rows, seed):
     return F.normalize(torch.randn(rows, 256, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def cirr_in_public(q, gallery, names, references, targets, groups):
-    """R@K and Rs@K as the published evaluation scripts compute them: all names sorted for each query, then compared with names."""
+def cirr_in_public(q, gallery, names, references, groups):
+    """CIRR's R@K and Rs@K as published evaluation scripts do: all names sorted, then compared."""
     ranked = names[torch.argsort(1 - q @ gallery.T, dim=-1).numpy()]  # [Q, N]
     ranked = ranked[ranked != references[:, None]].reshape(len(q), -1)  # [Q, N-1]
-    labels = ranked == targets[:, None]
+    labels = ranked == groups[:, 2:3]
     within = (ranked[..., None] == groups[:, None, :]).sum(-1).astype(bool)  # [Q, N-1]
     group_labels = labels[within].reshape(len(q), -1)  # [Q, 5]
     return {f"R@{k}": 100 * labels[:, :k].sum() / len(q) for k in (1, 5, 10, 50)} | {
-        f"Rs@{k}": 100 * group_labels[:, :k].sum() / len(q) for k in (1, 2, 3)
-    }
+        f"Rs@{k}": 100 * group_labels[:, :k].sum() / len(q) for k in (1, 2, 3)}
 
 
-def circo_in_public(q, gallery, names, targets):
-    """mAP@5 of one target a query: all names sorted, one query at a time (together they would take gigabytes)."""
-    precision = []
-    for row, target in zip(q, targets, strict=True):
+def circo_in_public(q, gallery, names, _, groups):
+    """mAP@5 of one target a query; one query at a time, since together they take gigabytes."""
+    precision = 0
+    for row, target in zip(q, groups[:, 2], strict=True):
         found = np.flatnonzero(names[torch.argsort(1 - row @ gallery.T).numpy()][:5] == target)
-        precision.append(1 / (found[0] + 1) if len(found) else 0)
-    return {"mAP@5": 100 * sum(precision) / len(q)}
+        precision += 1 / (found[0] + 1) if len(found) else 0
+    return {"mAP@5": 100 * precision / len(q)}
 
 
 def part_rank():
-    """From features to metrics at the sizes of CIRR val and CIRCO, against sorting all names as published scripts do."""
+    """From features to metrics at the sizes of CIRR val and CIRCO, against sorting all names."""
     rate = peak(torch.float32)
     for benchmark, count, size in (("cirr", 4181, 2297), ("circo", 800, 123_403)):
         q, gallery = unit(count, 0), unit(size, 1)
         names = np.array([f"image-{i}" for i in range(size)])
-        references, groups = names[np.arange(count) % size], names[(np.arange(count)[:, None] + np.arange(1, 6)) % size]
-        targets = groups[:, 2]
-        queries = [benchmarks.Query(str(i), references[i], [""], [targets[i]], groups[i].tolist()) for i in range(count)]
+        references = names[np.arange(count) % size]
+        groups = names[(np.arange(count)[:, None] + np.arange(1, 6)) % size]
+        queries = [benchmarks.Query(str(i), references[i], [""], [groups[i, 2]], groups[i].tolist())
+                   for i in range(count)]
         world = benchmarks.Benchmark(benchmark, "val", names.tolist(), {}, queries)
 
         def ours(world=world, q=q, gallery=gallery):
-            subsets = benchmarks.rank_subsets(world, q, gallery) if world.name == "cirr" else None
+            cirr = world.name == "cirr"
+            subsets = benchmarks.rank_subsets(world, q, gallery) if cirr else None
             return benchmarks.score(world, benchmarks.rank(world, q, gallery), subsets)
 
-        if benchmark == "cirr":
-            public = partial(cirr_in_public, q, gallery, names, references, targets, groups)
-        else:
-            public = partial(circo_in_public, q, gallery, names, targets)
+        script = cirr_in_public if benchmark == "cirr" else circo_in_public
+        public = partial(script, q, gallery, names, references, groups)
         found, wanted = ours(), public()
-        assert all(abs(found[metric] - value) < 0.1 for metric, value in wanted.items()), (found, wanted)
-        seconds = measure({"public": public, "ours": ours, "top_k": partial(benchmarks.top_k, q, gallery, 50)}, 3)
+        assert all(abs(found[metric] - value) < 0.1 for metric, value in wanted.items())
+        top_k = partial(benchmarks.top_k, q, gallery, 50)
+        seconds = measure({"public": public, "ours": ours, "top_k": top_k}, 3)
         show(f"{benchmark}: {count} queries, {size} images, sorting names", seconds["public"])
         show(f"{benchmark}: ours", seconds["ours"], None, seconds["public"], "10 x")
         show("  of that, top_k", seconds["top_k"], 2 * 256 * count * size / rate)
 
 
 def part_large():
-    """10 million images x 256 in float16, from a file of 5 GB: exact top 50 against reading the file once."""
+    """10 million images x 256 in float16: exact top 50 against reading the file of 5 GB once."""
     count = 10_000_000
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "gallery.npy")
         with open(path, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (count, 256)})
+            header = {"descr": "<f2", "fortran_order": False, "shape": (count, 256)}
+            np.lib.format.write_array_header_1_0(file, header)
             offset = file.tell()
             for seed in range(100):
                 unit(count // 100, seed).half().numpy().tofile(file)
@@ -368,23 +383,25 @@ def part_large():
 
         def read():
             for start in range(0, count, 4096):
-                np.fromfile(path, np.float16, 256 * min(4096, count - start), offset=offset + 512 * start)
+                rows = min(4096, count - start)
+                np.fromfile(path, np.float16, 256 * rows, offset=offset + 512 * start)
 
         for queries in (1, 16, 100):
             q = unit(queries, 1000)
             for where, before in (("disk", forget), ("memory", lambda: None)):
-                seconds = measure({"read": lambda b=before: (b(), read()),
-                                   "ours": lambda q=q, b=before: (b(), benchmarks.top_k(q, path, 50))}, 3)
-                relation = f"{seconds['ours'] / seconds['read']:.2f} x reading it (wanted: at most 2)"
-                times = f"reading {seconds['read']:5.2f} s, top 50 {seconds['ours']:5.2f} s"
-                print(f"  {queries:3d} queries, from {where:6s}: {times}: {relation}", flush=True)
+                seconds = measure({
+                    "read": lambda b=before: (b(), read()),
+                    "ours": lambda q=q, b=before: (b(), benchmarks.top_k(q, path, 50))}, 3)
+                read_s, ours_s = seconds["read"], seconds["ours"]
+                print(f"  {queries:3d} queries, from {where:6s}: reading {read_s:5.2f} s, "
+                      f"top 50 {ours_s:5.2f} s: {ours_s / read_s:.2f} x (wanted: at most 2)")
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"  peak memory of this process: {memory:.2f} GiB (wanted: at most 1; run this part alone)")
+        print(f"  peak memory: {memory:.2f} GiB (wanted: at most 1; run this part alone)")
 
 
 # ---- 6. memory
 def part_memory():
-    """Peak memory of train.py on tar shards of 1,000, 10,000 and 100,000 made-up images, --cache full and none."""
+    """Peak memory of train.py on 1,000 to 100,000 made-up images in shards, by --cache."""
     picture = io.BytesIO()
     random = np.random.default_rng(0)
     Image.fromarray(random.integers(0, 255, (64, 64, 3), np.uint8)).save(picture, "JPEG")
@@ -398,8 +415,8 @@ def part_memory():
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
             for cache in ("none", "full"):
-                command = [sys.executable, ROOT / "train.py", "--images", folder, "--cache", cache, "--name", cache]
-                command += ["--batch", "32", "--epochs", "1", "--threads", "1"]
+                command = [sys.executable, ROOT / "train.py", "--images", folder, "--cache", cache]
+                command += f"--name {cache} --batch 32 --epochs 1 --threads 1".split()
                 process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
                 log = Path(folder, "runs", cache, "log.jsonl")
                 while not (log.exists() and log.read_text()):  # written after 20 steps
@@ -408,18 +425,22 @@ def part_memory():
                     time.sleep(0.05)
                 process.send_signal(signal.SIGTERM)
                 _, _, usage = os.wait4(process.pid, 0)
-                stored = sum(path.stat().st_size for path in Path(folder, "cache").rglob("*.npy")) / 1e6
+                files = Path(folder, "cache").rglob("*.npy")
+                stored = sum(path.stat().st_size for path in files) / 1e6
                 peak_memory = f"peak {usage.ru_maxrss / 1024:6.0f} MiB, {stored:6.0f} MB on disk"
                 print(f"  {count:7d} images, --cache {cache}: {peak_memory}", flush=True)
 
 
-PARTS = {"blip": part_blip, "step": part_step, "pocket": part_pocket, "pocket_step": part_pocket_step, "rank": part_rank,
-         "large": part_large, "memory": part_memory}
+PARTS = {"blip": part_blip, "step": part_step, "pocket": part_pocket,
+         "pocket_step": part_pocket_step, "rank": part_rank, "large": part_large,
+         "memory": part_memory}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help=f"which parts, of {', '.join(PARTS)} (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS],
+                        help=f"which parts, of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
