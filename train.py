@@ -47,11 +47,10 @@ def parse_args(argv=None):
     add = add_shared_options(p.add_argument_group("frozen BLIP and data"), "--blip", "--vocab",
                              "--image-size", "--cache-dir")
     add("--images", help="folder of images and .tar shards, with its sub-folders; pixels only")
-    add("--cache", choices=("none", "global", "full"), help="what to store: nothing, v (512 B an "
-        "image; all that --loss gcd needs), or v and F^v (0.30 MB for ViT-B at 224 px); BLIP "
-        "computes the rest at every step")
-    add("--shuffle-buffer", type=int, default=100_000, help="images whose order is mixed at a "
-        "time; fewer keep reads close together, for shards on slow or distant disks")
+    add("--cache", choices=("none", "global", "full"), help="store nothing, v (512 B an image; "
+        "enough for --loss gcd), or v and F^v (0.30 MB for ViT-B); BLIP computes the rest")
+    add("--shuffle-buffer", type=int, default=100_000, help="images shuffled at a time; "
+        "fewer keep reads close together, for slow or distant disks")
     add("--skip-bad-images", action="store_true", help="continue if over 1 %% are damaged")
     add = p.add_argument_group("query model").add_argument
     add("--encoder", choices=query_side.NAMES, help="the light network; or BLIP's: blip is frozen "

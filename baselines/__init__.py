@@ -6,9 +6,8 @@ Read simple.py first. SEARLE takes about ten minutes.
     python -m baselines.searle
     python evaluate.py table --pic2word runs/pic2word/isa.pt --searle runs/searle/isa.pt
 
-Like the sums, Pic2Word and SEARLE need BLIP's feature v of the query image, so nothing runs on a
-phone. Numbers called theirs are the defaults of their published code
-(google-research/composed_image_retrieval, miccunifi/SEARLE).
+All need BLIP's v of the query image, so nothing runs on a phone. Numbers called theirs are the
+defaults of their code (google-research/composed_image_retrieval, miccunifi/SEARLE).
 """
 
 from .simple import image_only, image_plus_text, text_only

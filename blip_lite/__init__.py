@@ -17,6 +17,3 @@ from .blip import Blip
 from .checkpoint import MOST_PIXELS, check_finite, infer_sizes, load, save
 from .preprocess import MEAN, STD, to_pixels, to_rgb
 from .tokenizer import Tokenizer
-
-__all__ = ["MEAN", "MOST_PIXELS", "STD", "Blip", "Tokenizer", "check_finite", "infer_sizes", "load",
-           "save", "to_pixels", "to_rgb"]

@@ -25,10 +25,9 @@ class Tokenizer:
     vocab_path: a vocab.txt with one token a line; a token's id is its line number, from 0. BLIP
     adds two: [DEC], which starts a caption, and [ENC], which replaces [CLS] in matching mode.
 
-    Special tokens spelled out in a text ("[SEP]", "[ENC]", ...) become those tokens, as in the
-    official code: transformers' BertTokenizer with both added, the Python version where it differs
-    from the Rust one (a final capital sigma). Nothing is truncated: the text encoder refuses a text
-    that is too long. Raises ValueError if the file is not a BERT vocabulary.
+    Special tokens spelled out in a text become those tokens, as in the official code:
+    transformers' BertTokenizer in Python, which differs from the Rust one on a final capital sigma.
+    Nothing is truncated. Raises ValueError if the file is not a BERT vocabulary.
     """
 
     def __init__(self, vocab_path):

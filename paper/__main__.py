@@ -1,11 +1,9 @@
 """Every table and figure of the paper: train what is missing, print ours beside the paper's.
 
     python -m paper 5               # trains what Table 5 needs, three seeds a row, and prints it
-    python -m paper 2 8 fig3 lar    # several; rows they share are trained once
     python -m paper commands 5      # prints what is missing, a line per run, to run side by side
     python -m paper all             # everything, into paper/RESULTS.md (--as-is: trains nothing)
-    python -m paper 1 17            # cost at the paper's sizes; needs no training
-    python -m paper fig5            # paper/figures/fig5.png
+    python -m paper 1 17 fig5       # costs at the paper's sizes; paper/figures/fig5.png
 
 Our images, BLIP and query network are the pocket world's: compare the order of rows, not the two
 numbers in a cell. Runs are kept in runs/tables/NAME-SEED; stopped ones resume.

@@ -119,7 +119,7 @@ def build(name, pretrained=None, blip=None, image_size=None):
     blip: the loaded BLIP whose visual encoder "blip", "blip-tuned" and "blip-v" use.
     image_size: S in pixels; by default the network's own.
 
-    Raises ValueError for an impossible choice, and for weights that are damaged or do not fit.
+    Raises ValueError for impossible choices and for weights that do not fit.
     """
     if name not in NAMES:
         raise ValueError(f'there is no light encoder "{name}"; choose from {", ".join(NAMES)}')

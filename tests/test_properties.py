@@ -17,14 +17,13 @@ import tempfile
 import zlib
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import DATA, ROOT, with_large_weights
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
@@ -33,9 +32,7 @@ import benchmarks
 import blip_lite
 import evaluate
 import isa
-import train
 from benchmarks.readers import Benchmark, Query
-from plumbing import training_data
 from plumbing.images import find_images
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -599,53 +596,3 @@ def test_images_of_any_name_are_found(in_folder, in_shard):
         images = find_images(folder, f"{root}/cache")
         found = {images.name(i): images.open(i).getpixel((0, 0))[0] for i in range(len(images))}
         assert found == wanted and len(images) == len(wanted)
-
-
-# ---- training
-@st.composite
-def trainings(draw):
-    """Settings of `batches`: files, which of them are bad, batch, seed, epochs, buffer, RUN, ..."""
-    count = draw(st.integers(1, 60))
-    bad = sorted(draw(st.sets(st.integers(0, count - 1), max_size=count - 1)))
-    n, processes = count - len(bad), draw(st.integers(1, 4))
-    assume(n >= processes)
-    batch = processes * draw(st.integers(1, n // processes))
-    steps = draw(st.integers(1, 3)) * (n // batch)
-    return SimpleNamespace(
-        good=set(range(count)) - set(bad), bad=bad, n=n, batch=batch, seed=draw(SEEDS), steps=steps,
-        first=draw(st.integers(0, steps)), buffer=draw(st.integers(1, 70)), processes=processes,
-        run=draw(st.integers(1, 25)))
-
-
-@property_of(trainings(), times=2)
-def test_batches_show_good_rows_once_an_epoch_and_resume_at_any_step(one):
-    def make(first=0, *place):
-        return list(training_data.batches(one.n, one.bad, one.batch, one.seed, first, one.steps,
-                                          one.buffer, *place))
-
-    with mock.patch.object(training_data, "RUN", one.run):
-        whole, resumed = make(), make(one.first)
-        shares = [make(0, rank, one.processes) for rank in range(one.processes)]
-        blocks = list(training_data.epoch_order(one.n, one.seed, 0, one.buffer))
-        rest = np.concatenate([*training_data.epoch_order(one.n, one.seed, 0, one.buffer, 1), []])
-    assert max(map(len, blocks)) <= one.buffer and (rest == np.concatenate(blocks)[1:]).all()
-    assert resumed == whole[one.first :] and len(whole) == one.steps
-    assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
-    assert all(len(batch) == one.batch for batch in whole)
-    per_epoch = one.n // one.batch
-    for start in range(0, one.steps, per_epoch):
-        pairs = sum(whole[start : start + per_epoch], [])
-        rows = {row for _, row in pairs}
-        assert {epoch for epoch, _ in pairs} == {start // per_epoch}
-        assert len(rows) == len(pairs) and rows <= one.good
-        assert len(one.good) - len(rows) == one.n % one.batch  # what fills no batch is left out
-
-
-@property_of(st.integers(1, 12) | st.integers(1, 10**6), st.floats(1e-8, 10), times=5)
-def test_learning_rate_is_positive_up_to_its_peak_and_ends_near_zero(steps, peak):
-    some = {0, steps // 8, steps // 4, steps // 2, steps - 1}
-    assert all(0 < train.learning_rate(step, steps, peak) <= peak * (1 + 1e-15) for step in some)
-    assert train.learning_rate(steps // 4, steps, peak) == peak  # in every run, however short
-    left = steps - steps // 4  # steps of the cosine, of which the last is one short of the end
-    last = train.learning_rate(steps - 1, steps, peak)
-    assert last <= peak * ((math.pi / 2 / left) ** 2 + 1e-15)
