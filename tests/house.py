@@ -84,7 +84,7 @@ def check():
 
     for name, most in LINES.items():
         promise(name, sum(map(height, tracked(name if "." in name else f"{name}/*.py"))), most, " lines")
-    promise("product", sum((ROOT / p).stat().st_size for p in product), 320_000, " bytes")
+    promise("product", sum((ROOT / p).stat().st_size for p in product), 322_500, " bytes")
     promise("tests", sum((ROOT / p).stat().st_size for p in tracked("tests")), 450_000, " bytes")
     lines = [line for path in product for line in (ROOT / path).read_text().splitlines()]
     long = sum(len(line) > COLUMNS for line in lines)

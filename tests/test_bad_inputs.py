@@ -549,8 +549,9 @@ def test_bad_input(case, alone, here, call_script):
     check(case, done, before, here.cwd)
 
 
-PEAK = """import runpy, sys
+PEAK = """import os, runpy, sys
 del sys.argv[0]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
