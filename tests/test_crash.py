@@ -544,11 +544,3 @@ def test_searle_stopped_in_distillation(searle, tmp_path, number):
     kill = at_call(isa, "compose_query", 1, send(signal.SIGKILL))  # nothing is inverted again
     assert finish(start(change=kill)) == 0
     assert same(weights(tmp_path / "runs/searle"), weights(tmp_path / "runs/whole"))
-
-
-def test_searle_reads_its_sentences_once(searle, monkeypatch, call_script):
-    read, seen = Path.read_text, []
-    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: seen.append(self.name) or read(
-        self, *a, **k))
-    assert call_script("-m", "baselines.searle", *searle).status == 0
-    assert seen.count("small.json") == 1

@@ -49,7 +49,6 @@ def unit(*shape, seed):
     return nn.functional.normalize(random(*shape, seed=seed), dim=-1)
 
 
-# ---- Eq. 1-4, written out for one image; f is [C, H, W]
 def weights(module):
     return {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
 
@@ -191,7 +190,6 @@ def test_table_1_parameters(name):
     assert (round(count / 1e6, 1), count) == TABLE_1[name]
 
 
-# ---- the sentence
 def rows(blip, text):
     """Rows of the word embedding: of tokens, by their names."""
     ids = [VOCAB.index(token) for token in text.split()]
@@ -260,7 +258,6 @@ def test_words_in_place_of_tokens_are_the_sentence_itself(blip):
     assert torch.equal(blip.match(words, mask, F_v), blip.match(whole, whole_mask, F_v))
 
 
-# ---- Eq. 5-7
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 def test_eq5_and_6(temperature):
     v, t = unit(5, 8, seed=3), unit(5, 8, seed=4)
@@ -333,7 +330,6 @@ def test_hard_negatives_follow_the_stated_distribution(temperature):
             assert (abs(table[i] - expected) < 5 * spread).all()
 
 
-# ---- training
 def query_model():
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Conv2d(3, 16, 8, stride=8), nn.GELU())

@@ -98,7 +98,6 @@ def plain_ranking(blip, photos, image, text):
     return sorted(scores.items(), key=lambda pair: -pair[1])
 
 
-# ---- ranking
 @pytest.mark.parametrize("text", ("shows a blue car at night instead", ""))
 def test_ranking_is_that_of_single_features(find, photos, image, pocket_blip, text):
     rows = find(photos, text=text)
@@ -131,7 +130,6 @@ def test_the_query_is_left_out_unless_kept(find, photos, image, tmp_path):
     assert len(find(photos, image=tmp_path / "copy.png")) == 30
 
 
-# ---- the index
 def test_only_new_and_changed_photos_are_encoded(find, photos, image, encoded, pocket_blip):
     assert len(find(photos)) == 29 and sum(encoded) == 30
     find(photos, text="at night")
@@ -273,7 +271,6 @@ def test_listing_and_loading_do_not_take_long(pocket_blip, tmp_path, monkeypatch
     assert found == paths and v.shape == (20_000, 64) and (v == 1).all()
 
 
-# ---- the contact sheet
 def test_the_contact_sheet_shows_query_and_photos(run, photos, image, tmp_path):
     done = run(photos, "--out", "out/sheet.png", "--json", "-", "--top", "7")
     rows = json.loads(done.out)["results"]
@@ -288,7 +285,6 @@ def test_the_contact_sheet_shows_query_and_photos(run, photos, image, tmp_path):
     assert (sheet[-60:, -PHOTO:] == 255).all()  # seven photos leave the second line's end empty
 
 
-# ---- bad input
 @pytest.mark.parametrize("option, value, parts", [
     ("--gallery", "nowhere", ("nowhere", "no such folder", "--gallery")),
     ("--gallery", "empty", ("empty", "no photos")), ("--gallery", "text.png", ("no such folder",)),

@@ -27,7 +27,6 @@ def test_learning_rate_is_a_quarter_warm_up_then_cosine():
     assert train.learning_rate(0, 3, 3.0) == 3.0  # too short to warm up
 
 
-# ---- options
 def test_presets_are_the_papers_and_can_be_overridden():
     paper = ["--preset", "paper", "--blip", "x.pth", "--images", "cc3m"]
     args = train.parse_args(paper)
@@ -57,7 +56,6 @@ def test_wrong_options_are_usage_errors(options, named, capsys):
     assert stop.value.code == 2 and "error:" in last and named in last
 
 
-# ---- whole runs
 @pytest.fixture
 def here(images, tmp_path, monkeypatch):
     """here(name, options...) trains six steps in this process, in tmp_path -> the run's folder.
@@ -175,7 +173,6 @@ def test_a_tuned_copy_starts_as_blip_in_full_precision(pocket_blip, here):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
 
 
-# ---- stop and resume
 def killed():
     raise MemoryError  # nothing in train.py may catch it: on disk, as good as SIGKILL
 
@@ -222,7 +219,6 @@ def test_precision_auto_resumes_in_the_checkpoints_precision(here, monkeypatch):
     assert same(weights(run), weights(whole)) and log(run) == log(whole)
 
 
-# ---- several processes
 def torchrun(processes, script, *options, cwd):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                processes, script, "--precision", "fp32", "--workers", 0, "--batch", 8, *options]

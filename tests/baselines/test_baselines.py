@@ -57,7 +57,6 @@ def text_feature(blip, text):
     return blip.encode_text(blip.embed_words(ids), mask)[0]
 
 
-# ---- sentences
 
 
 def test_sentences_of_the_pocket_world_are_those_that_the_generator_makes(pocket_blip):
@@ -96,7 +95,6 @@ def test_damaged_sentences_are_refused_by_name(tmp_path, text, named):
     assert str(path) in said and named in said and "\n" not in said
 
 
-# ---- text regularization
 
 
 def test_a_concept_spoken_by_its_own_words_leaves_its_sentences_as_they_are(
@@ -189,7 +187,6 @@ def test_concepts_have_their_article(pocket_blip):
         torch.testing.assert_close(t, text_feature(pocket_blip, f"a photo of {name}"))
 
 
-# ---- inversion
 
 
 def test_inverted_words_find_their_images(pocket_blip, regularize, v):
@@ -241,7 +238,6 @@ def test_a_damaged_file_of_words_is_refused(pocket_blip, small, v, tmp_path):
         invert_in_parts(pocket_blip, v, range(len(v)), small, tmp_path)
 
 
-# ---- distillation
 
 
 def test_distillation_loss_is_searles_formula():
@@ -291,7 +287,6 @@ def test_a_loss_that_is_not_finite_stops_distillation(v):
         distill(query_side.Phi(v.shape[1], 8), v, words, lambda U, v: torch.zeros(()), epochs=1)
 
 
-# ---- the command
 
 
 @pytest.fixture(scope="module")

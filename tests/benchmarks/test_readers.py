@@ -15,7 +15,6 @@ real = pytest.mark.skipif(not (DATA / "cirr" / "captions").is_dir(),
                           reason="no real annotations: set ISA_SHARED to their folder")
 
 
-# ---- real annotations
 @real
 @pytest.mark.parametrize("split, queries, gallery, references", [
     ("val", 4181, 2297, 2165), ("test1", 4148, 2315, 2178)])
@@ -80,7 +79,6 @@ def test_circo_counts(split, queries, references):
         assert benchmark.paths["2097"].name == "000000002097.jpg"
 
 
-# ---- layouts
 @pytest.mark.parametrize("searle", [False, True])
 def test_cirr_both_trees(tmp_path, searle):
     benchmark = benchmarks.load("cirr", str(cirr_tree(tmp_path, searle)))
@@ -177,7 +175,6 @@ def test_check_benchmark_chooses_splits_and_lists_five_images(tmp_path, capsys):
     assert "cap.rc2.val.json is not usable JSON" in capsys.readouterr().out
 
 
-# ---- refused annotations
 def test_refused_arguments(tmp_path):
     for name, category in [("coco", None), ("fashioniq", None), ("fashioniq", "hat"),
                            ("cirr", "dress")]:

@@ -12,7 +12,6 @@ from benchmarks import Query
 from benchmarks.report import print_table, summarize
 
 
-# ---- metrics
 def test_cirr_by_hand():
     gallery = ["r", *(f"g{i}" for i in range(1, 61))]
     subset = ["g3", "g7", "g12", "g30", "g55"]
@@ -94,7 +93,6 @@ def test_score_refuses(tmp_path):
         benchmarks.score(cirr, {"12": [], "40": []}, {"12": []})
 
 
-# ---- prediction files
 def big(name, queries=3, gallery=80):
     names = [f"img{i}" if name != "circo" else str(i) for i in range(gallery)]
     asked = [Query(str(10 + i), names[i], [""], [names[i + 1]],
@@ -199,7 +197,6 @@ def test_writing_is_atomic(tmp_path):
         benchmarks.read_predictions(tmp_path / "no.json", big("circo")[0])
 
 
-# ---- table
 def test_print_table(capsys):
     assert summarize([{"R@1": 1.0}]) == {"R@1": [1, 0]}
     two = {"all": summarize([{"mAP@5": 40.0, "R@5": 1.0}, {"mAP@5": 42.0, "R@5": 2.0}]),

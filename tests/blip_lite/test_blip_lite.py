@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA
+from conftest import DATA, with_large_weights
 from made_up import filled, hugging_face, inputs, weights
 from PIL import Image, ImageOps
 from torchvision import transforms
@@ -529,3 +529,24 @@ def test_sixteen_bits_are_scaled_not_clipped(mode):
     assert difference(pixels_of(pil), expected) < 0.02
     grey = picture(48, 48, "L")  # 8-bit values in a 32-bit mode stay as they are
     assert torch.equal(pixels_of(grey.convert("I")), pixels_of(grey))
+
+
+def test_attention_maps_equal_transformers():
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=128, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=512, attn_implementation="eager", type_vocab_size=1,
+    )
+    theirs = with_large_weights(BertModel(config))
+    torch.nn.init.zeros_(theirs.embeddings.token_type_embeddings.weight)
+    ours = blip_lite.bert.TextEncoder(50, 512, 128, 3, 64)
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    words = torch.randn(3, 9, 128)
+    mask = (torch.arange(9)[None] < torch.tensor([9, 5, 7])[:, None]).long()
+    maps = ours.attention_maps(words, mask)
+    want = theirs(inputs_embeds=words, attention_mask=mask, output_attentions=True).attentions
+    torch.testing.assert_close(maps, torch.stack(want, dim=1), atol=1e-5, rtol=0)
+    assert maps[1, ..., 5:].abs().max() == 0  # padding is not looked at
+    assert maps.std(dim=-1).mean() > 0.05  # and they are not flat

@@ -54,7 +54,6 @@ def definitions(code):
     return {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
-# ---- without running them
 def test_they_begin_alike():
     firsts = {path.stem: sources(path, "code")[0] for path in PATHS}
     assert len(firsts) == 6 and 'if (p / "isa.py").exists()' in next(iter(firsts.values()))
@@ -109,7 +108,6 @@ def test_the_files_that_it_links_to_exist(path):
         assert (path.parent / target).exists(), target
 
 
-# ---- running
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
     """The whole pocket world, drawn once for all notebooks."""

@@ -1,5 +1,7 @@
 """Drawings, looked at pixel by pixel."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from plumbing.pictures import (
     check_picture,
     contact_sheet,
     draw_picture,
+    overlay,
     paste,
     save_picture,
     shortened,
@@ -96,3 +99,14 @@ def test_the_suffix_is_the_format(tmp_path):
     for wrong in ("a.txt", "a", "a.jpeg2", tmp_path / "deep" / "a.png" / "b.png"):
         with pytest.raises(ValueError, match=".png"):
             check_picture(wrong)
+
+
+def test_overlay_is_red_where_the_token_looks():
+    weights = torch.zeros(8, 8)
+    weights[1, 6] = 0.3
+    sheet = np.asarray(overlay(Image.new("RGB", (64, 64), "white"), weights), int)
+    redness = sheet[..., 0] - sheet[..., 1]
+    y, x = np.unravel_index(redness.argmax(), redness.shape)
+    assert y in range(8, 16) and x in range(48, 56) and redness[40:].max() == 0
+    with warnings.catch_warnings(action="error"):  # a token that looks nowhere: no division by 0
+        assert np.asarray(overlay(Image.new("RGB", (64, 64)), torch.zeros(8, 8))).std() == 0

@@ -24,7 +24,6 @@ SETTINGS = dict(loss="gcd+lar", cache="full", gallery="blip", precision="fp32", 
 AUGMENTED = dict(crop=0.5, flip=True, randaugment=9)
 
 
-# ---- order
 def batches(n, batch, seed=0, first=0, steps=1, bad=(), buffer=1000, **processes):
     return list(training_data.batches(n, list(bad), batch, seed, first, steps, buffer,
                                       **processes))
@@ -72,7 +71,6 @@ def test_a_shuffle_reads_in_runs_and_mixes_a_buffer():
     assert not np.array_equal(blocks[0], next(epoch_order(100_500, 0, 2, 10_000)))
 
 
-# ---- images and augmentation
 def paths(folder):
     return sorted(folder.rglob("*.png"))
 
@@ -129,7 +127,6 @@ def test_the_next_image_stands_in_for_a_damaged_one(images, tmp_path):
     assert blip_pixels is v is F_v is None
 
 
-# ---- v and F^v
 @pytest.fixture
 def make(images, pocket_blip, tmp_path):
     """make(folder, option=...) -> TrainingData: by default two epochs of three steps."""
@@ -205,7 +202,6 @@ def test_shards_are_read_as_their_files_are(make, images, tmp_path, monkeypatch,
     check_same(shards.from_step(0), expected)
 
 
-# ---- damage
 @pytest.fixture
 def photos(images, small_world, tmp_path):
     """photos(bad, good) -> a folder of `bad` damaged images and `good` others."""

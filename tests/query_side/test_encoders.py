@@ -63,7 +63,6 @@ def save(content, path):
     return path
 
 
-# ---- against timm
 
 @pytest.mark.parametrize("name, size, shape", [
     ("efficientnet_b0", 224, (1280, 7, 7)),
@@ -109,7 +108,6 @@ def test_attention_biases_are_resized_as_in_timm(tmp_path):
         assert torch.equal(state[key], wanted)
 
 
-# ---- training
 
 @pytest.mark.parametrize("name, depthwise", [
     ("efficientnet_b0", 9 + 2),  # 5 x 5; 3 x 3 with a stride of 2
@@ -173,7 +171,6 @@ def test_efficientvit_starts_with_silent_residuals():
     assert torch.equal(encoder.stages[0](x), x)
 
 
-# ---- files of weights
 
 def test_weights_of_the_whole_classifier_or_of_its_features(tmp_path):
     torch.manual_seed(1)
@@ -247,7 +244,6 @@ def test_what_torchvision_has_no_weights_for(name):
         query_side.build(name, "imagenet")
 
 
-# ---- the authors' files
 
 AUTHORS = {  # how they name the parts that timm names otherwise; the order is the same
     "efficientvit_m2": {"stages.0.blocks": "blocks1", "stages.1": "blocks2", "stages.2": "blocks3",
@@ -280,7 +276,6 @@ def test_the_authors_files(name, tmp_path):
         query_side.build(name, save(file, tmp_path / "order.pth"))
 
 
-# ---- PocketNet
 
 def test_pocketnet_is_small_and_in_eval_mode_sees_one_image_at_a_time():
     torch.manual_seed(0)
@@ -318,7 +313,6 @@ def test_pocketnet_blocks_are_residual():
         torch.testing.assert_close(encoder(x), expected)
 
 
-# ---- BLIP's own encoder
 
 @pytest.fixture
 def blip():
@@ -376,7 +370,6 @@ def test_blip_needs_a_blip_of_its_size_and_nothing_else(blip):
         query_side.build("blip", blip=blip, image_size=64)
 
 
-# ---- names and sizes
 
 @pytest.mark.parametrize("name", ["EfficientNet_B0", "", None])
 def test_unknown_names_list_the_known_ones(name):
