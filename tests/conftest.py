@@ -28,7 +28,7 @@ def pytest_configure(config):
     """Naming only these files runs their slow tests too."""
     named = {Path(argument.split("::")[0]).name for argument in config.args}
     marked = any(a.startswith("-m") for a in config.invocation_params.args)
-    if named <= {"test_notebooks.py", "test_assignments.py"} and not marked:
+    if named <= {"notebooks", "test_notebooks.py", "test_assignments.py"} and not marked:
         config.option.markexpr = ""
 
 
