@@ -38,7 +38,7 @@ def check_options(parser, args, **least):
             parser.error(f"{option} has to be at least {least[name]}, not {value}")
         if name in MOST and value > MOST[name]:
             parser.error(f"{option} has to be at most {MOST[name]}, not {value}")
-    if not re.fullmatch(r"cpu|cuda(:\d)?", getattr(args, "device", "cpu")):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", getattr(args, "device", "cpu")):
         parser.error(f"--device has to be cpu or cuda, not {args.device}")
     run = PurePath(getattr(args, "name", "run"))
     if run.is_absolute() or ".." in run.parts or not run.parts:

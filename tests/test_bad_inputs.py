@@ -426,9 +426,9 @@ CASES = [
     *cases(
         SEARCH, ("--gallery none --image {photo}", "none|no such folder|--gallery"),
         ("--gallery {images} --image x.png", "x.png|cannot be read as an image", {"x.png": "text"}),
-        ("--gallery {images} --image {photo} --out x/s.png", "x|is a file", {"x": "text"})),
-    *usage(f"{SEARCH} --gallery x --image x", ("--top 0", "--top|at least 1"),
-           ("--out s.txt", "s.txt|.png")),
+        ("--gallery {images} --image {photo} --out x/s.png", "x|is a file", {"x": "text"}),
+        ("--gallery {images} --image {photo} --out s.txt", "s.txt|.png")),
+    *usage(f"{SEARCH} --gallery x --image x", ("--top 0", "--top|at least 1")),
 
     # ---- baselines.searle
     *cases(
