@@ -1,4 +1,4 @@
-"""Does the house keep its promises? Sizes, longest functions, imports, README's words.
+"""Does the house keep its promises about sizes, imports and words?
 
     python tests/house.py       # prints promises beside counts; exit status 1 if one is broken
 

@@ -1,5 +1,6 @@
 """pocket/pretrain.py, and the weights that the pocket world ships with."""
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -15,7 +16,7 @@ import isa
 import query_side
 from pocket import pretrain
 from pocket.drawing import draw
-from pocket.specs import LATE_MIX, Rng, holds
+from pocket.specs import EARLY_MIX, LATE_MIX, Rng, holds
 from query_side.query_model import MAY_CHANGE, load_query_model
 from train import parse_args
 
@@ -106,6 +107,12 @@ def test_losses_are_those_of_each_pair_alone(pocket_blip, phase):
     assert itc.item() == pytest.approx(wanted.item(), rel=1e-4)
     assert itm.item() == pytest.approx(sum(losses) / sum(weights), rel=1e-3)
     assert accuracy.item() == pytest.approx(sum(right) / len(right))
+
+
+def test_rows_are_those_that_the_committed_weights_learnt_from():
+    rows = [pretrain.draw_rows(Rng(3), 48, mix, phase)
+            for phase in pretrain.PHASES for mix in (EARLY_MIX, LATE_MIX)]
+    assert hashlib.sha256(repr(rows).encode()).hexdigest()[:16] == "b30054418f8e4d55"
 
 
 def test_rows_of_each_phase():
