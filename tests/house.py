@@ -2,8 +2,8 @@
 
     python tests/house.py       # prints promises beside counts; exit status 1 if one is broken
 
-A line counts once for every 100 columns that it begins. The product is every tracked .py file but
-those of tests/ and notebooks/.
+A line counts once for every 100 columns that it begins. The product is every .py file but those of
+tests/ and notebooks/.
 """
 
 import ast
@@ -35,7 +35,6 @@ def tracked(*patterns):
 
 
 def height(path):
-    """Lines of a file, as counted here."""
     lines = (ROOT / path).read_text().splitlines()
     return sum(max(1, -(-len(line) // COLUMNS)) for line in lines)
 
