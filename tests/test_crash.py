@@ -194,7 +194,7 @@ def stored(cwd):
 def test_thirty_two_kills_change_nothing(small_world, tmp_path):
     """At random moments, with and without workers; most while features or a file are written."""
     shutil.copytree(small_world / "train", tmp_path / "images")
-    options = ["--images", "images", "--batch", 40, "--epochs", 4, "--precision", "fp32",
+    options = ["--images", "images", "--batch", 40, "--epochs", 9, "--precision", "fp32",
                "--threads", 1, "--name"]
     whole = begin("train.py", *options, "whole", "--cache-dir", "own", cwd=tmp_path)
     assert finish(whole, 600) == 0
