@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import blip_lite
 from plumbing.command import note_signals, run_command
-from plumbing.files import check_output, cut_log, explained, replacing
+from plumbing.files import check_output, cut_log, log_row, replacing
 from plumbing.options import add_shared_options, check_options
 from plumbing.precision import autocast, pick_precision
 
@@ -277,8 +277,7 @@ def train(blip, settings, out, held_out, save_every, precision):
                    "itc": round(itc.item(), 4), "itm": round(itm.item(), 4),
                    "temperature": round(temperature.item(), 4),
                    **validate(blip, held_out, precision=precision)}
-            with explained(log_file), log_file.open("a") as log:
-                log.write(json.dumps(row) + "\n")
+            log_row(log_file, row)
             tqdm.write(json.dumps(row))
             if last:
                 blip.temp.data.clamp_(*TEMPERATURES)  # beyond the limits no gradient reaches it
