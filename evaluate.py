@@ -231,7 +231,7 @@ def parse_args(argv=None):
         given = bool(args.benchmark), bool(args.data), bool(args.images)
         if given not in ((True, True, False), (False, False, True)):
             parser.error("check needs --benchmark and --data, or --images alone")
-    check_options(parser, args, workers=0, threads=0)
+    check_options(parser, args)
     return args
 
 

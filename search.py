@@ -102,7 +102,7 @@ def parse_args(argv=None):
     add("--checkpoint", default=pocket, help="isa.pt of train.py")
     add_shared_options(p)
     args = p.parse_args(argv)
-    check_options(p, args, top=1, workers=0, threads=0)
+    check_options(p, args, top=1)
     return args
 
 

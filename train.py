@@ -25,6 +25,7 @@ import query_side
 from plumbing.command import note_signals, run_command
 from plumbing.files import check_folder, cut_log, log_row
 from plumbing.options import add_shared_options, check_lengths, check_options
+from plumbing.pieces import in_pieces, warn_of_memory
 from plumbing.precision import autocast, open_blip, round_frozen_weights
 from plumbing.processes import agree, gather, join_processes, process, wait_for_all
 from plumbing.training_data import TrainingData
@@ -49,8 +50,7 @@ def parse_args(argv=None):
     add("--images", help="folder of images and .tar shards, with its sub-folders; pixels only")
     add("--cache", choices=("none", "global", "full"), help="store nothing, v (512 B an image; "
         "enough for --loss gcd), or v and F^v (0.30 MB for ViT-B); BLIP computes the rest")
-    add("--shuffle-buffer", type=int, default=100_000, help="images shuffled at a time; "
-        "fewer keep reads close together, for slow or distant disks")
+    add("--shuffle-buffer", type=int, default=100_000, help="images shuffled at a time")
     add("--skip-bad-images", action="store_true", help="continue if over 1 %% are damaged")
     add = p.add_argument_group("query model").add_argument
     add("--encoder", choices=query_side.NAMES, help="the light network; or BLIP's: blip is frozen "
@@ -71,6 +71,7 @@ def parse_args(argv=None):
     add("--sentences", default="pocket/sentences.json", help="gcd+llm: {concept: [sentences]}")
     add("--epochs", type=int, help="a quarter is linear warm-up, the rest cosine annealing")
     add("--batch", type=int, help="images a step, over all processes; larger: more negatives")
+    add("--micro-batch", type=int, help="images computed at a time: less memory, a fifth more time")
     add("--lr", type=float, help="AdamW's peak; short runs need more than the paper's 3e-4")
     add("--weight-decay", type=float, default=0.05, help="BLIP's; the paper prints none")
     add("--crop", type=float, help="smallest area that a random crop keeps; 1 = no cropping")
@@ -86,8 +87,8 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="torch.compile the query model; pays on CUDA")
     p.set_defaults(**PRESETS[p.parse_known_args(argv)[0].preset])
     args = p.parse_args(argv)
-    check_options(p, args, epochs=1, batch=2, tokens=1, save_every=1, randaugment=0, threads=0,
-                  workers=0, weight_decay=0, seed=0, shuffle_buffer=1, query_size=1, lar_weight=0)
+    check_options(p, args, epochs=1, batch=2, micro_batch=1, tokens=1, save_every=1, randaugment=0,
+                  weight_decay=0, shuffle_buffer=1, query_size=1, lar_weight=0)
     if args.lr <= 0 or not 0 < args.crop <= 1:
         p.error(f"--lr has to be positive and --crop in (0, 1], not {args.lr} and {args.crop}")
     if args.mapper == "mlp" and args.tokens != 1:
@@ -115,9 +116,6 @@ def prepare(args):
         raise ValueError(f"{run} already holds a run; continue it with --resume, replace it with "
                          "--overwrite or give another --name")
     check_folder(run)
-    if args.batch % processes:
-        raise ValueError(f"--batch {args.batch} cannot be split among {processes} processes; give "
-                         f"a multiple of {processes}")
     blip, settings["precision"] = open_blip(settings, round_weights=False)
     if begun and args.resume and args.precision == "auto":  # this machine may be another one
         settings["precision"] = read_checkpoint(run / "last.pt")["settings"].get("precision")
@@ -131,7 +129,9 @@ def prepare(args):
             print(f"{run}/last.pt is missing: nothing to resume, training starts at step 0")
         if args.images == PRESETS["pocket"]["images"]:
             world.ensure(Path(args.images).parent)
-    return run, settings, blip, query_model, TrainingData(settings, blip, query_model.encoder)
+    data = TrainingData(settings, blip, query_model.encoder)
+    warn_of_memory(settings, blip, query_model, data.batch // processes)
+    return run, settings, blip, query_model, data
 
 
 def train(args):
@@ -147,6 +147,7 @@ def train(args):
     state = settings, blip, data.count, query_model, optimizer
     first = resume_run(run, *state) if args.resume and (run / "last.pt").exists() else 0
     speak = torch.compile(query_model) if args.compile else query_model
+    speak = in_pieces(speak, blip, args.micro_batch)
     if processes > 1:  # averages gradients; batch-norm statistics stay each process's own
         speak = DistributedDataParallel(speak, [device] if device.type == "cuda" else None)
     if rank == 0:

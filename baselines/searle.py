@@ -192,7 +192,7 @@ def parse_args(argv=None):
     add("--name", default="searle", help="the run's folder is runs/NAME")
     add("--overwrite", action="store_true", help="start again although runs/NAME holds a run")
     args = p.parse_args(argv)
-    check_options(p, args, count=2, concepts=1, steps=1, epochs=1, seed=0, threads=0)
+    check_options(p, args, count=2, concepts=1, steps=1, epochs=1)
     if args.lr <= 0:
         p.error(f"--lr has to be positive, not {args.lr}")
     return args

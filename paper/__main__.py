@@ -92,7 +92,7 @@ def parse_args(argv=None):
         help="also rows that start from ImageNet weights (downloads, weights/)")
     add("--out", help="also write to this file (default of all: paper/RESULTS.md)")
     args = p.parse_args(argv)
-    check_options(p, args, threads=0)
+    check_options(p, args)
     args.commands, args.all = "commands" in args.names, "all" in args.names
     names = ALL if args.all else dict.fromkeys(args.names)
     args.names = [name for name in names if name != "commands"]

@@ -8,6 +8,7 @@ import torch
 
 KNOWN = {  # part of a RuntimeError of PyTorch's -> what it means for the user
     "DataLoader worker": "a worker was killed, perhaps out of memory; use fewer --workers",
+    "can't allocate memory": "there is not enough memory; lower --batch, or train by --micro-batch",
     "by peer": "another process of this run ended first; its message says why",  # under torchrun
 }
 
@@ -34,7 +35,7 @@ def run_command(name, main, args, interrupted="interrupted"):
         print(f"{name}: {said}", file=sys.stderr)
         sys.exit(128 + (error.args or (signal.SIGINT,))[0])
     except torch.cuda.OutOfMemoryError:
-        sys.exit(f"{name}: the GPU ran out of memory; lower --batch, or give --cache full")
+        sys.exit(f"{name}: the GPU ran out of memory; give --micro-batch or --cache full")
     except RuntimeError as error:
         said = next((said for sign, said in KNOWN.items() if sign in str(error)), None)
         if said is None:

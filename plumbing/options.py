@@ -17,6 +17,7 @@ SHARED = {
     "--workers": dict(type=int, default=1, help="processes that decode images"),
     "--threads": dict(type=int, default=0, help="CPU threads, 0 = all; 1 where runs share a CPU"),
 }
+LEAST = {"seed": 0, "threads": 0, "workers": 0}
 # PyTorch overflows or crashes above these, and RandAugment has no such strength
 MOST = {"seed": 2**32 - 1, "threads": 1024, "workers": 256, "randaugment": 30}
 
@@ -30,6 +31,7 @@ def add_shared_options(parser, *names):
 
 def check_options(parser, args, **least):
     """Usage errors for what argparse accepts but no command can use. least: option=number."""
+    least = LEAST | least
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, float) and not math.isfinite(value):

@@ -41,12 +41,16 @@ class TrainingData:
     """The images of a run, and BLIP's v and F^v of each, stored or computed at every step.
 
     settings: train.py's options. count: readable images; batch: images a step over all processes;
-    steps: of the run. ValueError for too many damaged images, and for fewer than two a process.
+    steps: of the run. ValueError for too many damaged images, fewer than two a process, and a batch
+    that cannot be split among the processes.
     """
 
     def __init__(self, settings, blip, encoder):
         self.settings, self.blip = settings, blip
         rank, processes = process()
+        if settings["batch"] % processes:
+            raise ValueError(f"--batch {settings['batch']} cannot be split among {processes} "
+                             f"processes; give a multiple of {processes}")
         if rank > 0:
             wait_for_all()
         images = find_images(settings["images"], settings["cache_dir"])
@@ -99,7 +103,9 @@ class TrainingData:
                                            for x in (pixels, blip_pixels, v, F_v))
             if blip_pixels is not None:
                 with torch.no_grad(), autocast(device, s["precision"]):
-                    v, F_v = self.blip.encode_image(blip_pixels, cls_only=not self.needs_maps)
+                    parts = [self.blip.encode_image(part, cls_only=not self.needs_maps)
+                             for part in blip_pixels.split(s["micro_batch"] or self.batch)]
+                v, F_v = map(torch.cat, zip(*parts, strict=True))
                 F_v = F_v if self.needs_maps else None
             yield pixels, *(x if x is None else x.float() for x in (v, F_v))
 

@@ -312,7 +312,7 @@ def parse_args(argv=None):
     add("--out", type=Path, default=VOCAB.with_name("blip.pth"),
         help="weights; OUT.log has the figures, OUT.state is what the same command resumes")
     args = parser.parse_args(argv)
-    check_options(parser, args, steps=1, batch=8, seed=0, threads=1, held_out=2, save_every=1)
+    check_options(parser, args, steps=1, batch=8, threads=1, held_out=2, save_every=1)
     if args.lr <= 0:
         parser.error(f"--lr has to be positive, not {args.lr}")
     if args.matching_of and args.steps <= first:

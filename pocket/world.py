@@ -272,7 +272,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="another one draws other images")
     add("--scale", type=float, default=1.0, help="of its size; 0.02 is enough for a test")
     args = parser.parse_args(argv)
-    check_options(parser, args, seed=0)
+    check_options(parser, args)
     if not 0 < args.scale <= 100:
         parser.error(f"--scale has to be above 0 and at most 100, not {args.scale}")
     return args

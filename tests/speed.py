@@ -9,6 +9,7 @@ at the speed of reading them. Nothing about time is asserted: these figures are 
 """
 
 import argparse
+import copy
 import io
 import os
 import resource
@@ -39,6 +40,7 @@ import blip_lite  # noqa: E402
 import isa  # noqa: E402
 import query_side  # noqa: E402
 from blip_lite.checkpoint import POCKET, _our_name, infer_sizes  # noqa: E402
+from plumbing.pieces import InPieces, read_in_pieces  # noqa: E402
 from plumbing.precision import keep_freed_memory, round_frozen_weights  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,15 +159,18 @@ def part_step():
     v = F.normalize(torch.randn(count, 256, device=DEVICE), dim=-1)
     F_v = torch.randn(count, 197, 768, device=DEVICE)
 
-    def our_step(speak=model, lar=True):
+    in_pieces = copy.copy(ours)
+    read_in_pieces(in_pieces, count // 4)
+
+    def our_step(speak=model, lar=True, blip=ours):
         torch.manual_seed(1)
         with bf16():
-            words, mask = isa.compose_query(ours, speak(pixels))
-            t = ours.encode_text(words, mask)
-        loss = isa.global_contrastive_distillation(v, t, ours.temperature)
+            words, mask = isa.compose_query(blip, speak(pixels))
+            t = blip.encode_text(words, mask)
+        loss = isa.global_contrastive_distillation(v, t, blip.temperature)
         if lar:
             with bf16():
-                loss = loss + isa.local_alignment_regularization(ours, words, mask, F_v, v, t)
+                loss = loss + isa.local_alignment_regularization(blip, words, mask, F_v, v, t)
         model.zero_grad(set_to_none=True)
         loss.backward()
         return loss
@@ -218,7 +223,8 @@ def part_step():
         forward = operations(partial(encoder, pixels))
     total = 3 * forward + operations(frozen_part)  # the light encoder's backward: twice its forward
     variants = {"plain": plain_step, "ours": our_step, "gcd": partial(our_step, lar=False),
-                "plain light": partial(light, plain_encoder), "light": partial(light, encoder)}
+                "plain light": partial(light, plain_encoder), "light": partial(light, encoder),
+                "pieces": partial(our_step, InPieces(model, count // 4), blip=in_pieces)}
     if DEVICE == "cuda":
         variants["compiled"] = partial(our_step, torch.compile(model))
     seconds = measure(variants)
@@ -230,6 +236,7 @@ def part_step():
     show("  the rest", seconds["ours"] - seconds["light"], (total - 3 * forward) / rate,
          seconds["plain"] - seconds["plain light"])
     show("our step, GCD alone", seconds["gcd"])
+    show("our step in four pieces, against whole", seconds["pieces"], None, seconds["ours"])
     if DEVICE == "cuda":
         show("our step, torch.compile", seconds["compiled"], total / rate, seconds["plain"])
     else:  # as train.py does; compared with the plain step as it was before
@@ -431,9 +438,34 @@ def part_memory():
                 print(f"  {count:7d} images, --cache {cache}: {peak_memory}", flush=True)
 
 
+def part_pieces():
+    """Peak memory and time of the paper's step of 320 images, whole and by --micro-batch."""
+    ours, _ = blip_base("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        blip_lite.save(ours, f"{folder}/blip.pth")
+        words = (POCKET / "vocab.txt").read_text().splitlines()
+        words += [f"[unused{i}]" for i in range(30522 - len(words))]
+        Path(folder, "vocab.txt").write_text("\n".join(words))
+        random = np.random.default_rng(0)
+        for i in range(320):
+            image = Image.fromarray(random.integers(0, 255, (256, 256, 3), np.uint8))
+            image.save(f"{folder}/{i}.jpg")
+        command = [sys.executable, ROOT / "train.py"]
+        command += "--preset paper --blip blip.pth --images . --no-pretrained --epochs 1".split()
+        command += ["--threads", str(torch.get_num_threads())]
+        for piece in (20, 40, 80, None):
+            more = ["--name", str(piece), *(["--micro-batch", str(piece)] if piece else [])]
+            began = time.perf_counter()
+            process = subprocess.Popen(command + more, cwd=folder, stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            ended = f"killed by signal {status & 127}" if status else "done"
+            print(f"  {piece or 'whole':5}: peak {usage.ru_maxrss / 2**20:5.1f} GiB, "
+                  f"{time.perf_counter() - began:4.0f} s, {ended}", flush=True)
+
+
 PARTS = {"blip": part_blip, "step": part_step, "pocket": part_pocket,
          "pocket_step": part_pocket_step, "rank": part_rank, "large": part_large,
-         "memory": part_memory}
+         "memory": part_memory, "pieces": part_pieces}
 
 
 def main():

@@ -15,7 +15,7 @@ from conftest import ROOT, same, weights
 import isa
 import query_side
 import train
-from plumbing import precision
+from plumbing import precision, training_data
 from plumbing.features import Features
 
 
@@ -47,7 +47,7 @@ def test_presets_are_the_papers_and_can_be_overridden():
         "--crop 1.5", "--epochs 0", "--batch 1", "--tokens 0", "--save-every 0", "--threads -1",
         "--workers -2", "--weight-decay -1", "--lar-weight -1", "--query-size 0",
         "--shuffle-buffer 0", "--randaugment -1", "--randaugment 31", "--seed -1",
-        f"--seed {2**32}", "--device abacus")),
+        f"--seed {2**32}", "--device abacus", "--micro-batch 0")),
 ])
 def test_wrong_options_are_usage_errors(options, named, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -248,14 +248,23 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 """
 
 
+def test_a_run_in_pieces_is_the_run_of_whole_batches(here):
+    options = "--encoder", "blip", "--crop", 1, "--cache", "none"  # no batch norm
+    whole, pieces = here("whole", *options), here("pieces", *options, "--micro-batch", 3)
+    for x, y in zip(state(whole), state(pieces), strict=True):
+        assert (x - y).norm() <= 1e-3 * x.norm()
+    for row, expected in zip(log(pieces), log(whole), strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.slow
 def test_torchrun_trains_as_one_process_and_resumes_with_any_number(images, tmp_path):
     """GCD without batch norm is the same, however it is split. Both stop where one is told to."""
     (tmp_path / "stopped.py").write_text(STOPPED)
     options = ["--images", images, "--epochs", 4, "--crop", 0.8, "--loss", "gcd", "--encoder",
                "blip", "--name"]
-    for n, name in ((1, "one"), (2, "two")):
-        done = torchrun(n, ROOT / "train.py", *options, name, cwd=tmp_path)
+    for n, name, *more in ((1, "one"), (2, "two", "--micro-batch", 3)):
+        done = torchrun(n, ROOT / "train.py", *options, name, *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count(f"wrote runs/{name}/isa.pt") == done.stdout.count("0..12") == 1
     done = torchrun(2, tmp_path / "stopped.py", *options, "parts", cwd=tmp_path)
@@ -271,7 +280,8 @@ def test_torchrun_trains_as_one_process_and_resumes_with_any_number(images, tmp_
 
 
 def test_torchrun_trains_with_both_losses(images, tmp_path):
-    done = torchrun(2, ROOT / "train.py", "--images", images, "--epochs", 1, cwd=tmp_path)
+    options = "--images", images, "--epochs", 1, "--micro-batch", 3
+    done = torchrun(2, ROOT / "train.py", *options, cwd=tmp_path)
     assert done.returncode == 0 and "24 images, steps 0..3" in done.stdout, done.stderr
     (row,) = log(tmp_path / "runs/pocket")
     assert row["step"] == 3 and math.isfinite(row["lar"]) and 0 <= row["matched"] <= 1
@@ -282,7 +292,7 @@ def test_torchrun_trains_with_both_losses(images, tmp_path):
 
 
 def test_a_batch_that_cannot_be_split(here, monkeypatch):
-    monkeypatch.setattr(train, "process", lambda: (0, 3))
+    monkeypatch.setattr(training_data, "process", lambda: (0, 3))
     with pytest.raises(ValueError, match="--batch 8 cannot be split among 3 processes; give a "
                                          "multiple of 3"):
         here("a")

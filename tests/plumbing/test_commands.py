@@ -38,7 +38,7 @@ def killed(number):
         (killed(signal.SIGTERM), 143, "x: 7 interrupted"),
         (RuntimeError("DataLoader worker (pid 3) is killed"), 1, "x: a worker was killed"),
         (RuntimeError("Connection reset by peer"), 1, "x: another process of this run"),
-        (torch.cuda.OutOfMemoryError("2 GiB"), 1, "x: the GPU ran out of memory; lower --batch"),
+        (torch.cuda.OutOfMemoryError("2 GiB"), 1, "x: the GPU ran out of memory; give --micro-"),
         (RuntimeError("a bug"), None, ""),  # keeps its traceback
     ],
 )

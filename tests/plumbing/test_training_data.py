@@ -20,7 +20,7 @@ from plumbing.training_data import TrainingData, TrainingImages, epoch_order
 
 SETTINGS = dict(loss="gcd+lar", cache="full", gallery="blip", precision="fp32", workers=0,
                 skip_bad_images=False, epochs=2, batch=8, seed=3, shuffle_buffer=1000, crop=1.0,
-                flip=False, randaugment=0)
+                flip=False, randaugment=0, micro_batch=None)
 AUGMENTED = dict(crop=0.5, flip=True, randaugment=9)
 
 
@@ -148,7 +148,7 @@ def check_same(steps, expected):
 def test_each_step_has_what_blip_sees_in_the_whole_image(make, images, pocket_blip, tmp_path, loss,
                                                          cache):
     """Stored or computed, however the query model's image is cropped; F^v only if LAR needs it."""
-    data = make(loss=loss, cache=cache, **AUGMENTED)
+    data = make(loss=loss, cache=cache, micro_batch=3, **AUGMENTED)
     stored = {path.name for path in tmp_path.glob("cache/features-*/*.npy")}
     files = {"none": set(), "global": {"v.npy"}, "full": {"v.npy", "F_v.npy"}}[cache]
     assert stored == (files - {"F_v.npy"} if loss == "gcd" else files)
