@@ -688,7 +688,7 @@ def test_a_gpu_that_is_too_small(here, call_script, monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee")
 
     monkeypatch.setattr(isa, "global_contrastive_distillation", full)
-    (case,) = cases(TRAIN, ("", "GPU|memory|--batch", None, LOG))
+    (case,) = cases(TRAIN, ("", "GPU|memory|--micro-batch", None, LOG))
     check(case, call_script(*words(here, case.command)), {}, here.cwd)
 
 
