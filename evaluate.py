@@ -9,6 +9,7 @@
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -177,12 +178,17 @@ def submit(args):
 def check(args):
     """Compare a folder with the expected layout."""
     if args.images:
-        check_images(args.images, args.cache_dir)
+        check_images(args.images, args.cache_dir, args.decode, args.workers)
     else:
-        benchmarks.check_benchmark(args.benchmark, args.data, args.splits)
+        benchmarks.check_benchmark(args.benchmark, args.data, args.splits, args.decode,
+                                   args.workers)
 
 
 COMMANDS = {"table": table, "score": score, "submit": submit, "check": check}
+
+
+def number_or_all(text):
+    return sys.maxsize if text == "all" else int(text)
 
 
 def parse_args(argv=None):
@@ -225,13 +231,15 @@ def parse_args(argv=None):
     p = parsers["check"]
     p.add_argument("--splits", nargs="+", help="default: those with annotations, or val")
     p.add_argument("--images", help="a training folder, instead of a benchmark")
-    add_shared_options(p, "--cache-dir")
+    p.add_argument("--decode", type=number_or_all, default=200, metavar="N",
+                   help='how many images to decode, drawn at random: a number, or "all"')
+    add_shared_options(p, "--cache-dir", "--workers")
     args = parser.parse_args(argv)
     if args.command == "check":
         given = bool(args.benchmark), bool(args.data), bool(args.images)
         if given not in ((True, True, False), (False, False, True)):
             parser.error("check needs --benchmark and --data, or --images alone")
-    check_options(parser, args)
+    check_options(parser, args, decode=0)
     return args
 
 

@@ -1,42 +1,60 @@
 """What should be on disk, and what is."""
 
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 from benchmarks.readers import CATEGORIES, annotation_files, load
+from plumbing.images import decode_sample, list_images, walk
 
 EVALUATED = {"cirr": ("val", "test1"), "fashioniq": ("val",), "circo": ("val", "test")}  # splits
 
 
-def check_benchmark(name, root, splits=None):
+def check_benchmark(name, root, splits=None, decode=200, workers=0):
     """Print the expected tree of a benchmark and what was found of each split (and category).
 
-    splits: by default those of EVALUATED that have annotations, or else "val". Raises ValueError
-    where anything is missing or damaged.
+    splits: by default those of EVALUATED that have annotations, or else "val". decode: how many
+    images of each to decode. Raises ValueError where anything is missing or damaged.
     """
     tree = (Path(__file__).parent / "trees" / f"{name}.txt").read_text()
     print(f"expected below {root}:\n\n{tree}")
     parts, complete = CATEGORIES if name == "fashioniq" else (None,), True
+    decoded = set()  # CIRCO's splits share a gallery
     if splits is None:
         splits = [split for split in EVALUATED[name] if any(
             file.is_file() for part in parts for file in annotation_files(name, root, split, part))]
     for split, part in product(splits or ["val"], parts):
-        files = annotation_files(name, root, split, part)
+        files, paths = annotation_files(name, root, split, part), {}
         missing = [file for file in files if not file.is_file()]
         try:
             benchmark = load(name, root, split, part)
-            missing = [benchmark.paths[image] for image in missing_images(benchmark)]
-            images = len(benchmark.paths)
+            paths = benchmark.paths
+            missing = [paths[image] for image in missing_images(benchmark)]
             found = (f"{len(benchmark.queries)} queries, gallery of {len(benchmark.gallery)}, "
-                     f"{images - len(missing)} of {images} images found")
+                     f"{len(paths) - len(missing)} of {len(paths)} images found")
         except (FileNotFoundError, ValueError) as error:
             found, complete = "annotations are missing" if missing else error, False
         print(f"{name} {part or ''} {split}: {found}")
         for path in missing[:5]:
-            print(f"  missing: {path}")
+            print(f"  {'empty' if path.is_file() else 'missing'}: {path}")
+        if paths and 2 * len(missing) > len(paths):
+            _search(root, missing)
+        there = sorted({*paths.values()}.difference(missing, decoded))
+        decoded.update(there)
+        if there:
+            complete &= not decode_sample(list_images(there), decode, workers)[1]
         complete &= not missing
     if not complete:
         raise ValueError(f"{root} is not complete; see the list above")
+
+
+def _search(root, missing):
+    """Print a folder below `root` that holds one of the first missing images, if there is one."""
+    wanted = {path.stem: path for path in missing[:50]}
+    for path in map(Path, islice(walk(root), 500_000)):
+        place = wanted.get(path.stem, path)
+        if path.parent != place.parent:
+            print(f"  images seem to be in {path.parent}; link or move them to {place.parent}")
+            break
 
 
 def missing_images(benchmark):

@@ -63,12 +63,15 @@ def annotation_files(name, root, split, category=None):
 
 def _read_cirr(root, captions, split):
     """Only `target_hard` counts as a target; the ranks in `img_set` are no indices into it."""
-    images = root / "img_raw" if captions.parent.parent == root else root
+    places = [root / "img_raw", root / "images", root / "NLVR2" / "images"]
+    places.insert(3 if captions.parent.parent == root else 0, root)
     paths, queries = {}, []
     for name, relative in read_json(split, dict).items():
         where = f"{split}, image {name!r:.80}"
         parts = PurePosixPath(typed(relative, str, where)).parts or ("",)
-        paths[plain_name(name, where)] = images.joinpath(*(plain_name(p, where) for p in parts))
+        paths[plain_name(name, where)] = Path(*(plain_name(p, where) for p in parts))
+    images = _first_with(next(iter(paths.values()), Path()).parent, places)
+    paths = {name: images / path for name, path in paths.items()}
     for where, entry in _entries(captions, pairid=int, reference=str, caption=str, img_set=dict):
         members = fields(entry["img_set"], where, members=list[str])["members"]
         queries.append(Query(
@@ -81,18 +84,20 @@ def _read_cirr(root, captions, split):
 
 def _read_fashioniq(root, captions, split):
     """The protocol strips blanks and ".?,"; of two empty captions "" is left."""
-    gallery, paths, queries = read_json(split, list), {}, []
+    gallery, queries = read_json(split, list), []
     for _, entry in _entries(captions, candidate=str, captions=list[str]):
         texts = [text.strip(" \t\r\n.?,") for text in entry["captions"]]
         queries.append(Query(
             str(len(queries)), entry["candidate"], [text for text in texts if text] or [""],
             targets=[entry["target"]] if "target" in entry else [],
             kind=entry.get("modifier_type", "")))
-    files = _list_images(root / "images")
-    for name in gallery + [query.reference for query in queries]:
-        plain_name(name, f"{split} or {captions.name}")
-        paths[name] = root / "images" / files.get(name, f"{name}.png")
-    return gallery, paths, queries
+    names = [plain_name(name, f"{split} or {captions.name}")
+             for name in gallery + [query.reference for query in queries]]
+    category, images = captions.name.split(".")[1], root / "images"
+    places = (images, images / category, root / category)
+    folder, files = max(((place, _list_images(place)) for place in places),
+                        key=lambda found: len(found[1].keys() & names))
+    return gallery, {name: folder / files.get(name, f"{name}.png") for name in names}, queries
 
 
 def _read_circo(root, annotations):
@@ -104,8 +109,8 @@ def _read_circo(root, annotations):
             [entry["relative_caption"].strip()],
             targets=sorted(truths, key=str(entry.get("target_img_id")).__ne__),  # R@K's first
             aspects=entry.get("semantic_aspects", []), kind=entry.get("modifier_type", "")))
-    root = root / "COCO2017_unlabeled"
-    info, folder = root / "annotations" / "image_info_unlabeled2017.json", root / "unlabeled2017"
+    info, folder = (_first_with(path, [root / "COCO2017_unlabeled", root]) / path
+                    for path in ("annotations/image_info_unlabeled2017.json", "unlabeled2017"))
     files = _list_images(folder)
     used = {name for query in queries for name in (query.reference, *query.targets)}
     if info.is_file():
@@ -119,6 +124,11 @@ def _read_circo(root, annotations):
         stem = f"{int(name):012d}"
         paths[name] = folder / files.get(stem, f"{stem}.jpg")
     return gallery, paths, queries
+
+
+def _first_with(path, folders):
+    """The first of `folders` that holds `path`, or else the first."""
+    return next((folder for folder in folders if (folder / path).exists()), folders[0])
 
 
 def _list_images(folder):

@@ -12,7 +12,7 @@ from random import Random
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from plumbing.command import ignore_signals
@@ -20,6 +20,9 @@ from plumbing.files import check_folder, drafted, explained
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # PIL warns about files it can still read
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LEFT_OVER = {  # in lower case: what macOS, NAS boxes and Windows leave in folders, beside .* files
+    "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found",
+    "system volume information", "thumbs.db", "desktop.ini"}
 DELETE = "delete its folder, then it is computed again"
 SKIP = "fix or remove them, or let train.py skip them with --skip-bad-images"
 
@@ -36,9 +39,30 @@ def open_image(name, file=None):
     except FileNotFoundError:
         raise ValueError(f"{name}: there is no such image; run python evaluate.py check") from None
     except Exception as error:  # PIL's decoders raise nearly anything on damaged data
-        empty = not file.getbuffer() if file else os.path.isfile(name) and not os.path.getsize(name)
-        why = "is empty" if empty else f"cannot be read as an image ({error})"
-        raise ValueError(f"{name}: {' '.join(why.split())}; replace or remove the file") from None
+        why = " ".join(_problem(name, file, error).split())
+        raise ValueError(f"{name}: {why}; replace or remove the file") from None
+
+
+def _problem(name, file, error):
+    """Why PIL cannot read an image, in words that its user can act on."""
+    try:
+        with file or open(name, "rb") as opened:
+            opened.seek(0)
+            head = opened.read(200)
+    except OSError:  # a folder, or a file that may not be read
+        head = b"?"
+    problems = {
+        "is empty": not head,
+        "is a web page (HTML or XML)": head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"),
+        "is a git-lfs pointer (`git lfs pull` fetches the image)": head.startswith(b"version http"),
+        "is HEIC, AVIF or a video (convert it to JPEG)": head[4:8] == b"ftyp",
+        f"exceeds the limit of {2 * Image.MAX_IMAGE_PIXELS} pixels":
+            isinstance(error, Image.DecompressionBombError),
+        "cannot be read as an image (image file is truncated)": "truncated" in str(error),
+        "cannot be read as an image (it is none)": isinstance(error, UnidentifiedImageError),
+    }
+    default = f"cannot be read as an image ({error})"
+    return next((words for words, found in problems.items() if found), default)
 
 
 class Rows:
@@ -72,12 +96,14 @@ class Rows:
 class ImageList:
     """A sequence of images. key: the same only for the same files, unchanged.
 
+    hidden: how many members of shards are passed over.
     names: a list of paths; or a file of all names, and table int64 [N, 5]: where in it each begins
     and ends, the number of the shard or -1, the image's first byte there and its size.
     """
 
-    def __init__(self, names, key, table=None, shards=()):
+    def __init__(self, names, key, table=None, shards=(), hidden=0):
         self.names, self.key, self.table, self.shards = names, key, table, shards
+        self.hidden = hidden
 
     def __len__(self):
         return len(self.names if self.table is None else self.table)
@@ -121,16 +147,30 @@ def find_images(folder, cache):
     for path in walk(folder):
         digest.update(identity(path))
         shards += [path] if path.endswith(".tar") else []
-    stored = Path(cache) / f"images-{digest.hexdigest()[:16]}"
+    key = digest.hexdigest()
+    # earlier versions listed hidden members of shards: their lists have no -2
+    stored = Path(cache) / f"images-{key[:16]}{'-2' * bool(shards)}"
     if not stored.is_dir():
         with drafted(stored) as draft, explained(stored):
             if draft:
                 _write_list(folder, shards, draft)
-    return ImageList(stored / "names", digest.hexdigest(), Rows(stored / "table.npy"), shards)
+    hidden = int((stored / "hidden").read_text()) if shards else 0
+    key += f" without {hidden}" * bool(hidden)
+    return ImageList(stored / "names", key, Rows(stored / "table.npy"), shards, hidden)
 
 
 def is_image(name):
     return name.lower().endswith(SUFFIXES)
+
+
+def is_left_over(path):
+    """Is a part of this path, seen from the folder that the user named, hidden or in LEFT_OVER?"""
+    parts = Path(path).parts
+    return any(part.startswith(".") and part != ".." or part.lower() in LEFT_OVER for part in parts)
+
+
+def is_listed(path):
+    return (is_image(path) or path.endswith(".tar")) and not is_left_over(path)
 
 
 def walk(folder, all_files=False):
@@ -140,8 +180,9 @@ def walk(folder, all_files=False):
         raise ValueError(f"{folder}: {problem}; give a folder of images with --images")
 
     def fail(error):
-        raise ValueError(f"{error.filename}: cannot be searched for images ({error.strerror}); "
-                         "fix its permissions or move it")
+        if not is_left_over(os.path.relpath(error.filename, folder)):
+            raise ValueError(f"{error.filename}: cannot be searched for images ({error.strerror}); "
+                             "fix its permissions or move it")
 
     seen = set()
     for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
@@ -150,9 +191,9 @@ def walk(folder, all_files=False):
             folders.clear()
             continue
         seen.add((stat.st_dev, stat.st_ino))
-        folders.sort()
+        folders[:] = sorted(name for name in folders if all_files or not is_left_over(name))
         for name in sorted(files):
-            if all_files or is_image(name) or name.endswith(".tar"):
+            if all_files or is_listed(name):
                 yield os.path.join(parent, name)
 
 
@@ -167,10 +208,13 @@ def identity(path):
 
 def _write_list(folder, shards, out):
     """Write names and table of an ImageList, which may not fit into memory."""
-    numbers = {path: i for i, path in enumerate(shards)}
+    numbers, hidden = {path: i for i, path in enumerate(shards)}, 0
     with open(out / "names", "wb") as names, open(out / "table", "wb") as table:
         for path in tqdm(walk(folder), "listing images", unit=" files", disable=None, leave=False):
             for name, begin, size in _members(path) if path in numbers else [(path, 0, 0)]:
+                if is_left_over(name[len(path) :]):
+                    hidden += 1
+                    continue
                 start = names.tell()
                 names.write(os.fsencode(name))
                 row = start, names.tell(), numbers.get(path, -1), begin, size
@@ -180,6 +224,7 @@ def _write_list(folder, shards, out):
         raise ValueError(f"{folder}: holds {count} images, training needs two; check --images")
     np.save(out / "table.npy", np.memmap(out / "table", np.int64, "r", shape=(count, 5)))
     (out / "table").unlink()
+    (out / "hidden").write_text(str(hidden))
 
 
 def _members(shard):
@@ -218,26 +263,54 @@ def _read(images, preprocess, rows):
     return list(pixels), torch.stack(list(pixels.values())) if pixels else None, damaged
 
 
-def check_images(folder, cache_dir):
-    """Print what train.py would find in a folder; ValueError for over 1 % damaged."""
+def decode_sample(images, count, workers):
+    """Decode `count` images of an ImageList, drawn with a fixed seed, and print what is damaged.
+
+    -> the numbers of decoded and of damaged ones.
+    """
+    rows, damaged = sorted(Random(0).sample(range(len(images)), min(count, len(images)))), {}
+    batches = load_images(images, _no_pixels, 8, workers, rows)
+    bar = dict(unit="img", unit_scale=8, disable=None, leave=False)
+    for _, _, bad in tqdm(batches, "decoding", **bar):
+        damaged |= bad
+    print(f"  {len(rows)} of {len(images)} decoded, {len(damaged)} damaged")
+    reasons = Counter(why.removeprefix(f"{images.name(i)}: ").split(";")[0]
+                      for i, why in damaged.items())
+    for reason, number in reasons.most_common():
+        print(f"  {number}: {reason}")
+    for why in list(damaged.values())[:5]:
+        print(f"  {why}")
+    return len(rows), len(damaged)
+
+
+def _no_pixels(image):
+    return torch.empty(0)
+
+
+def check_images(folder, cache_dir, decode=200, workers=0):
+    """Print what train.py would find in a folder, and decode a sample of it.
+
+    ValueError for over 1 % damaged.
+    """
     print(f"expected below {folder}:\n\nNAME.jpg or {', '.join(SUFFIXES[1:])}, in any sub-folders\n"
           f"{'00000.tar':50}shards of such images, uncompressed, as img2dataset writes them\n")
     counts, empty = {"images and shards": Counter(), "passed over": Counter()}, []
     for path in tqdm(walk(folder, True), "looking", unit=" files", disable=None, leave=False):
-        what = "images and shards" if is_image(path) or path.endswith(".tar") else "passed over"
-        counts[what][os.path.splitext(path)[1].lower() or "no suffix"] += 1
-        if is_image(path) and os.path.isfile(path) and os.path.getsize(path) == 0:
-            empty.append(f"{path}: is empty")
+        below, suffix = os.path.relpath(path, folder), os.path.splitext(path)[1].lower()
+        what = "images and shards" if is_listed(below) else "passed over"
+        kind = "hidden or left by the system" if is_left_over(below) else suffix or "no suffix"
+        counts[what][kind] += 1
+        if is_listed(below) and is_image(path) and os.path.isfile(path):
+            empty += [] if os.path.getsize(path) else [path]
     for what, kinds in counts.items():
         listed = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common(8))
         print(f"{what}: {kinds.total()} files{f' ({listed})' if listed else ''}")
     images = find_images(folder, cache_dir)
-    rows = sorted(Random(0).sample(range(len(images)), min(200, len(images))))
-    decoded = load_images(images, lambda image: torch.empty(0), 1, 0, rows)
-    damaged = [why for _, _, bad in decoded for why in bad.values()]
-    print(f"{len(images)} images to train on; {len(empty)} are empty; "
-          f"of {len(rows)} that were decoded {len(damaged)} are damaged")
-    for why in [*empty, *damaged][:5]:
-        print(f"  {why}")
-    if len(empty) > 0.01 * len(images) or len(damaged) > 0.01 * len(rows):
+    if images.hidden:
+        print(f"passed over in shards: {images.hidden} hidden or left by the system")
+    print(f"{len(images)} images to train on, {len(empty)} of them empty")
+    for path in empty[:5]:
+        print(f"  {path}: is empty")
+    decoded, damaged = decode_sample(images, decode, workers)
+    if len(empty) > 0.01 * len(images) or damaged > 0.01 * decoded:
         raise ValueError(f"{folder}: more than 1 % of the images are damaged; {SKIP}")

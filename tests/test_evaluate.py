@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import statistics
+import tarfile
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -405,9 +406,12 @@ CHECK_CIRR = ["--benchmark", "cirr", "--data", "cirr"]
     ("circo", "COCO2017_unlabeled/", 2)])
 def test_check_of_complete_folders(check, small_world, name, tree, parts):
     splits = ["val", "test1" if name == "cirr" else "test"]
-    done = check("--benchmark", name, "--data", small_world / name, "--splits", *splits)
+    where = ["--benchmark", name, "--data", small_world / name]
+    done = check(*where, "--decode", 3, "--splits", *splits)
     assert done.status == 0 and done.err == "" and tree in done.out
     assert done.out.count("images found") == parts
+    decoded = 1 if name == "circo" else parts  # its splits share a gallery
+    assert done.out.count("  3 of ") == done.out.count("decoded, 0 damaged") == decoded
 
 
 @pytest.fixture
@@ -418,26 +422,40 @@ def broken(small_world, tmp_path):
 
 
 def test_check_of_a_training_folder(check, small_world, tmp_path):
-    photos = tmp_path / "photos" / "more"
+    photos = tmp_path / ".photos" / "more"  # what the user names may be hidden
     photos.mkdir(parents=True)
     for i, path in enumerate(sorted((small_world / "train").iterdir())[:300]):
         shutil.copy(path, photos / f"{i}.{'PNG' if i % 3 else 'jpg'}")
     (photos.parent / "notes.txt").write_text("no image")
-    done = check("--images", "photos")
+    (photos / "@eaDir").mkdir()
+    for name in ("._0.png", ".DS_Store", "@eaDir/0.png"):
+        (photos / name).write_bytes(b"")
+    done = check("--images", ".photos")
     assert done.status == 0 and done.err == ""
-    for part in ("300 files (200 .png, 100 .jpg)", "passed over: 1 files (1 .txt)", "00000.tar",
-                 "300 images to train on; 0 are empty", "that were decoded 0 are damaged"):
+    for part in ("300 files (200 .png, 100 .jpg)", "00000.tar", "300 images to train on, 0 of them",
+                 "passed over: 4 files (3 hidden or left by the system, 1 .txt)",
+                 "200 of 300 decoded, 0 damaged"):
         assert part in done.out
     (photos / "empty.png").write_bytes(b"")
-    done = check("--images", "photos")  # below 1 %: train.py leaves it out
+    with tarfile.open(photos / "0.tar", "w") as shard:
+        shard.add(photos / "0.jpg", "._0.jpg")
+    done = check("--images", ".photos")  # below 1 %: train.py leaves it out
     assert done.status == 0 and "more/empty.png: is empty" in done.out
-    assert "301 images to train on; 1 are empty" in done.out
+    assert "301 images to train on, 1 of them empty" in done.out
+    assert "passed over in shards: 1 hidden" in done.out
     for i in range(100):
-        (photos / f"{3 * i + 1}.PNG").write_text("not a picture")
-    done = check("--images", "photos")
-    one_line(done, "photos", "more than 1 %", "--skip-bad-images")
-    damaged = int(done.out.split("that were decoded ")[1].split()[0])
+        (photos / f"{3 * i + 1}.PNG").write_text("<html>" if i % 4 else "not a picture")
+    done = check("--images", ".photos")
+    one_line(done, ".photos", "more than 1 %", "--skip-bad-images")
+    damaged = int(done.out.split("200 of 301 decoded, ")[1].split()[0])
     assert 40 < damaged < 100  # a third of 200, drawn at random
+    assert check("--images", ".photos").out == done.out
+    done = check("--images", ".photos", "--decode", "all", "--workers", 2)
+    for part in ("301 of 301 decoded, 101 damaged", " 75: is a web page", " 25: cannot be read as",
+                 " 1: is empty"):
+        assert part in done.out
+    done = check("--images", ".photos", "--decode", 0)
+    assert done.status == 0 and "0 of 301 decoded" in done.out
 
 
 # ---- bad input
@@ -485,7 +503,7 @@ def test_failures_come_early(run, small_world, tmp_path, monkeypatch, options, p
 @pytest.mark.parametrize("options", [
     "table --method isa", "submit --benchmark cirr --data x --split val", "score p.json",
     "score --benchmark all --data x p.json", "check", "check --benchmark cirr",
-    "check --images x --data x"])
+    "check --images x --data x", "check --images x --decode most", "check --images x --decode -1"])
 def test_wrong_options_are_usage_errors(options, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.parse_args(options.split())

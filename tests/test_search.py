@@ -36,7 +36,8 @@ def photos(small_world, tmp_path):
     paths = sorted((small_world / "cirr/img_raw/test1").iterdir())[:30]
     for i, path in enumerate(paths):
         shutil.copy(path, (root if i % 2 else root.parent) / f"{i:02d} día.png")
-    (root / "notes.txt").write_text("no photo")
+    for name in ("notes.txt", "._01 día.PNG"):
+        (root / name).write_text("no photo")
     return root.parent
 
 

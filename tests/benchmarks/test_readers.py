@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 from conftest import DATA
-from trees import CIRR_NAMES, circo_tree, cirr_tree, edited, fashioniq_tree, refused, write
+from trees import CIRR_NAMES, circo_tree, cirr_tree, edited, fashioniq_tree, refused, touch, write
 
 import benchmarks
 from benchmarks import Query
@@ -134,22 +134,74 @@ def test_circo_gallery_from_list_folder_or_nowhere(tmp_path, extension):
     assert benchmarks.missing_images(benchmarks.load("circo", tmp_path / "b")) == ["30"]
 
 
+LAYOUTS = [  # where the official tree has the images, where users have them
+    ("fashioniq", "images", "images/shirt"), ("fashioniq", "images", "shirt"),
+    ("cirr", "img_raw", "images"), ("cirr", "img_raw", "NLVR2/images"),
+    ("cirr", "img_raw/dev", "dev"), ("circo", "COCO2017_unlabeled/unlabeled2017", "unlabeled2017"),
+    ("circo", "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json",
+     "annotations/image_info_unlabeled2017.json")]
+
+
+@pytest.mark.parametrize("name, official, place", LAYOUTS)
+def test_other_layouts(tmp_path, name, official, place):
+    root = circo_tree(tmp_path, "list") if name == "circo" else TREES[name](tmp_path)
+    category = "shirt" if name == "fashioniq" else None
+    before = benchmarks.load(name, root, category=category)
+    aside = (root / official).rename(root / "aside")
+    (root / place).parent.mkdir(parents=True, exist_ok=True)
+    aside.rename(root / place)
+    if "/" not in official:
+        touch(root / official, "another.png")
+    moved = benchmarks.load(name, root, category=category)
+    assert moved.gallery == before.gallery and benchmarks.missing_images(moved) == []
+
+
+def test_check_says_where_images_seem_to_be(tmp_path, capsys):
+    root = cirr_tree(tmp_path)
+    (root / "img_raw").rename(root / "NLVR")
+    images = root / "NLVR" / "dev"
+    (images / "dev-0-0-img0.png").unlink()
+    (images / "dev-1-0-img0.png").rename(images / "dev-1-0-img0.jpg")
+    with refused(ValueError, "not complete"):
+        benchmarks.check_benchmark("cirr", root)
+    hint = f"  images seem to be in {images}; link or move them to {root}/img_raw/dev\n"
+    assert hint in capsys.readouterr().out
+    (root / "img_raw").mkdir()
+    images.rename(root / "img_raw" / "dev")
+    touch(root / "copy", "dev-0-0-img0.png")  # six of eight are found: no guess
+    with refused(ValueError, "not complete"):
+        benchmarks.check_benchmark("cirr", root)
+    assert "seem" not in capsys.readouterr().out
+
+
 def test_check_benchmark(tmp_path, capsys):
     root = fashioniq_tree(tmp_path / "f")
     benchmarks.check_benchmark("fashioniq", root)
     rows = [f"fashioniq {c} val: 3 queries, gallery of 4, 4 of 4 images found"
             for c in benchmarks.CATEGORIES]
+    sound = "  4 of 4 decoded, 0 damaged"
     tree, found = capsys.readouterr().out.rsplit("\n\n", 1)
-    assert tree.startswith(f"expected below {root}:\n\n") and tree.endswith("NAME.png or NAME.jpg")
-    assert found.splitlines() == rows
-    image, captions = root / "images" / "dress2.png", root / "captions" / "cap.toptee.val.json"
-    image.write_bytes(b"")
+    assert tree.startswith(f"expected below {root}:\n\n") and "NAME.png or NAME.jpg" in tree
+    assert found.splitlines() == [line for row in rows for line in (row, sound)]
+    empty, pages = root / "images" / "dress2.png", [root / f"images/shirt{i}.png" for i in (1, 3)]
+    captions = root / "captions" / "cap.toptee.val.json"
+    empty.write_bytes(b"")
+    for page in pages:
+        page.write_text("<html>404</html>")
     captions.unlink()
     with refused(ValueError, f"{root} is not complete"):
         benchmarks.check_benchmark("fashioniq", root)
+    page = "is a web page (HTML or XML)"
     assert capsys.readouterr().out.rsplit("\n\n", 1)[1].splitlines() == [
-        rows[0].replace("4 of 4", "3 of 4"), f"  missing: {image}", rows[1],
+        rows[0].replace("4 of 4", "3 of 4"), f"  empty: {empty}", "  3 of 3 decoded, 0 damaged",
+        rows[1], "  4 of 4 decoded, 2 damaged", f"  2: {page}",
+        *(f"  {path}: {page}; replace or remove the file" for path in pages),
         "fashioniq toptee val: annotations are missing", f"  missing: {captions}"]
+    fashioniq_tree(root)
+    pages[1].write_text("<html>404</html>")
+    with refused(ValueError, f"{root} is not complete"):  # for this alone
+        benchmarks.check_benchmark("fashioniq", root)
+    benchmarks.check_benchmark("fashioniq", root, decode=0)
     for name, part in [("cirr", "img_raw/"), ("circo", "COCO2017_unlabeled/")]:
         with refused(ValueError, "nowhere is not complete"):
             benchmarks.check_benchmark(name, tmp_path / "nowhere")
@@ -165,9 +217,10 @@ def test_check_benchmark_chooses_splits_and_lists_five_images(tmp_path, capsys):
     with refused(ValueError, "not complete"):
         benchmarks.check_benchmark("cirr", root)
     assert capsys.readouterr().out.rsplit("\n\n", 1)[1].splitlines() == [
-        "cirr  val: 2 queries, gallery of 8, 8 of 8 images found",
+        "cirr  val: 2 queries, gallery of 8, 8 of 8 images found", "  8 of 8 decoded, 0 damaged",
         "cirr  test1: 2 queries, gallery of 8, 0 of 8 images found",
-        *(f"  missing: {root}/img_raw/test1/{name}.png" for name in CIRR_NAMES[:5])]
+        *(f"  missing: {root}/img_raw/test1/{name}.png" for name in CIRR_NAMES[:5]),
+        f"  images seem to be in {root}/img_raw/dev; link or move them to {root}/img_raw/test1"]
     benchmarks.check_benchmark("cirr", root, ["val"])
     write(root / "captions" / "cap.rc2.val.json", "{")
     with refused(ValueError, "not complete"):

@@ -1,8 +1,10 @@
 """Small benchmarks in each layout, and what the tests of benchmarks/ share."""
 
+import io
 import json
 
 import pytest
+from PIL import Image
 
 import benchmarks
 
@@ -24,8 +26,10 @@ def edited(path, change):
 
 def touch(folder, *names):
     folder.mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(picture, "PNG")
     for name in names:
-        (folder / name).write_bytes(b"a picture")  # never decoded, but an empty file is missing
+        (folder / name).write_bytes(picture.getvalue())
 
 
 def refused(error, *words):
@@ -75,7 +79,7 @@ def circo_tree(root, images="folder", extension=".jpg"):
     coco = root / "COCO2017_unlabeled"
     if images != "none":
         names = (f"{i:012d}{extension}" for i in (2, 7, 30, 111, 5))
-        touch(coco / "unlabeled2017", *names, ".DS_Store", "notes.txt")
+        touch(coco / "unlabeled2017", *names, ".DS_Store", "._000000000003.jpg", "a.txt")
     if images == "list":
         write(coco / "annotations" / "image_info_unlabeled2017.json", {"info": {}, "images": [
             {"id": i, "file_name": f"{i:012d}.jpg"} for i in (111, 7, 30, 2, 5)]})

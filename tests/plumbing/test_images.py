@@ -1,5 +1,6 @@
 """Lists of files and of members of tar shards, in a fixed order; what is damaged is named."""
 
+import hashlib
 import io
 import os
 import pickle
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from plumbing import images as module
-from plumbing.images import find_images, list_images, load_images, open_image
+from plumbing.images import find_images, identity, list_images, load_images, open_image, walk
 
 
 def png(colour, size=(8, 6)):
@@ -38,8 +39,14 @@ def truncated(path):
 DAMAGED = {
     "missing": (lambda path: None, "there is no such image"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
-    "text": (lambda path: path.write_text("<html>not found</html>"), "cannot be read as an image"),
-    "truncated": (truncated, "cannot be read as an image"),
+    "text": (lambda path: path.write_text("not found"), "cannot be read as an image (it is none)"),
+    "page": (lambda path: path.write_text("\ufeff\n<!DOCTYPE html>"), "is a web page"),
+    "error of a server": (lambda path: path.write_text("<?xml version='1.0'?><Error>"), "is a web"),
+    "pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid x"),
+                "is a git-lfs pointer"),
+    "HEIC": (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(99)), "is HEIC"),
+    "bomb": (lambda path: path.write_bytes(b"P5 30000 30000 255\n"), "exceeds the limit of 178"),
+    "truncated": (truncated, "cannot be read as an image (image file is truncated)"),
     "folder": (lambda path: path.mkdir(), "cannot be read as an image"),
 }
 
@@ -53,6 +60,10 @@ def test_unreadable_images_are_named_in_one_sentence(tmp_path, damage):
         open_image(path)
     text = str(error.value)
     assert text.startswith(f"{path}: {message}") and "\n" not in text and len(text) < 400
+    if path.is_file():  # and in the same words as a member of a shard
+        with pytest.raises(ValueError) as error:
+            open_image(path, io.BytesIO(path.read_bytes()))
+        assert str(error.value) == text
 
 
 @pytest.fixture
@@ -102,6 +113,45 @@ def test_the_list_is_kept_until_something_changes(folder, find, tmp_path, monkey
     assert len({x.key for x in (first, more, most, touched)}) == len(written) == 4
     assert colours(most) == [4, 5, 8, 2, 9, 1, 6, 7, 3] == colours(touched)
     assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+LEFT_OVER = ("._0.png", "__MACOSX/0.png", "@eaDir/0.png/THUMB.jpg", ".ipynb_checkpoints/0.png",
+             ".hidden/deep/0.png", "$RECYCLE.BIN/0.png", ".00000.tar")
+
+
+def test_what_systems_leave_behind_is_passed_over(folder, tmp_path, monkeypatch):
+    """In folders and shards; but the folder that is named may itself be hidden."""
+    hidden = tmp_path / ".data" / "lost+found"
+    shutil.copytree(folder, hidden)
+    for name in LEFT_OVER:
+        for path in (hidden / name, hidden / "b" / name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"\0\5\x16\7")
+    tar(hidden / "00000.tar", {f"./x/{name}": b"\0" for name in LEFT_OVER}, "a")
+    tar(hidden / "00000.tar", {"./x/../2.png": png((9, 0, 0))}, "a")
+    images = find_images(hidden, tmp_path / "cache")
+    assert colours(images) == [4, 5, 9, 2, 1, 6, 7, 3] and images.hidden == len(LEFT_OVER) - 1
+    scandir = os.scandir
+
+    def refuse(path):
+        if path.endswith((".hidden", "@eaDir")):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(list(walk(hidden))) == 5 and len(list(walk(hidden, True))) == 16
+
+
+def test_lists_of_earlier_versions(folder, find, tmp_path):
+    """They hold hidden members of shards, and so do features: both are then made again."""
+
+    def earlier():
+        return hashlib.sha256(b"".join(map(identity, walk(folder)))).hexdigest()
+
+    assert find().key == earlier()  # nothing is hidden: what was stored is found
+    tar(folder / "00000.tar", {"._0.png": b"\0"}, "a")
+    (tmp_path / "cache" / f"images-{earlier()[:16]}").mkdir()
+    assert find().key != earlier() and colours(find()) == [4, 5, 2, 1, 6, 7, 3]
 
 
 def test_a_list_of_paths(folder):
