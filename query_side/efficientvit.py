@@ -112,7 +112,7 @@ class WindowAttention(nn.Module):
         x = F.pad(x, (0, -W % s, 0, -H % s))
         x = x.unflatten(3, (-1, s)).unflatten(2, (-1, s))  # [B, C, rows, s, columns, s]
         x = x.permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, C, s, s]
-        x = self.attn(x.flatten(0, 2)).view(x.shape)
+        x = self.attn(x.flatten(0, 2)).unflatten(0, (-1, *x.shape[1:3]))
         x = x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [B, C, rows*s, columns*s]
         return x[:, :, :H, :W]
 
@@ -141,6 +141,7 @@ class CascadedGroupAttention(nn.Module):
             q, k, v = qkv(share + found).split(self.widths, dim=1)  # Eq. 3
             q, k, v = dw(q).flatten(2), k.flatten(2), v.flatten(2)  # [B, ., N]
             weights = q.transpose(1, 2) @ k / math.sqrt(KEY_WIDTH) + bias  # [B, N, N]
-            found = (v @ weights.softmax(dim=2).transpose(1, 2)).view(share.shape)
-            outputs.append(found)  # [B, C/heads, s, s]
+            found = v @ weights.softmax(dim=2).transpose(1, 2)  # [B, C/heads, N]
+            found = found.unflatten(2, share.shape[2:])  # [B, C/heads, s, s]
+            outputs.append(found)
         return self.proj(torch.cat(outputs, dim=1))  # Eq. 2

@@ -1,6 +1,7 @@
 """query_side's encoders against timm, torchvision's classifiers and a small BLIP; no downloads."""
 
 import copy
+import io
 from http.client import IncompleteRead
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -154,6 +155,25 @@ def test_gradients_are_torchvisions():
     for a, b in zip(*gradients, strict=True):
         atol = 1e-10 * (1e-3 + b.abs().max().item())
         torch.testing.assert_close(a, b, rtol=1e-8, atol=atol)
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's, of its successor and of fixed sizes
+@pytest.mark.parametrize("name", [n for n in query_side.NAMES if not n.startswith("blip")])
+def test_an_exported_query_model_takes_any_number_of_images(name):
+    """ONNX, traced with a batch of two, run by another engine."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    encoder = query_side.build(name)
+    learner = isa.AdaptiveTokenLearner(encoder.out_channels, 768)
+    model, file = liven(isa.QueryModel(encoder, learner)), io.BytesIO()
+    torch.onnx.export(model, (pixels(encoder.image_size, 2),), file, dynamo=False,
+                      input_names=["pixels"], dynamic_axes={"pixels": {0: "batch"}})
+    session = onnxruntime.InferenceSession(file.getvalue())
+    for count in (1, 7):
+        x = pixels(encoder.image_size, count)
+        (found,) = session.run(None, {"pixels": x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [*WRITTEN_OUT, "pocketnet"])
