@@ -4,8 +4,7 @@
     python search.py --gallery photos/ --image beach.jpg --text "at night" --json - \\
         --blip weights/model_base.pth --image-size 224 --checkpoint runs/cc3m/isa.pt
 
-The default models know only the pocket world's drawings; photographs need real ones (README). The
-next search encodes only new and changed photos.
+The default models know only the pocket world's drawings (README). Each photo is encoded once.
 """
 
 import argparse
@@ -107,7 +106,6 @@ def parse_args(argv=None):
 
 
 def main(args):
-    settings = vars(args)
     if args.out:
         check_picture(args.out)
     if args.json and args.json != "-":
@@ -122,12 +120,14 @@ def main(args):
     paths = [path for path in walk(root) if not path.endswith(".tar")]
     if not paths:
         raise ValueError(f"{args.gallery}: holds no photos; give another folder with --gallery")
-    blip, settings["precision"] = open_blip(settings)
+    blip, args.precision = open_blip(vars(args))
     model, trained = query_side.load_query_model(args.checkpoint, blip)
     if trained["gallery"] == "query":
         raise ValueError(f"{args.checkpoint}: was trained for its own gallery; give another model")
     prompt = trained["prompt"]
     check_lengths(blip, prompt, trained["tokens"], [("--text", isa.continuation(args.text))])
+    if unknown := blip.tokenizer.unknown_words(args.text):
+        print(f"BLIP never saw these words: {', '.join(unknown)}", file=sys.stderr)
 
     q, U, maps = compose(blip, model, prompt, image, args.text, args.precision)
     photos, v = index(blip, paths, root, args.precision, args.cache_dir, args.workers)
@@ -142,7 +142,7 @@ def main(args):
     results = [{"rank": rank, "score": round(score, 4), "path": path}
                for rank, (path, score) in enumerate(zip(found, scores, strict=True), start=1)]
     (words,), _ = nearest_words(blip, U)
-    document = {"settings": settings, "nearest_words": words, "results": results}
+    document = {"settings": vars(args), "nearest_words": words, "results": results}
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     if args.json == "-":
         print(json.dumps(document, indent=1))

@@ -68,6 +68,17 @@ class Tokenizer:
                 pieces += found
         return pieces
 
+    def unknown_words(self, text):
+        """The words of a string that are [UNK], or only single letters, to the vocabulary.
+
+        A model knows nothing of them. Longer pieces are usual: BERT reads "sleeve ##less".
+        """
+        def known(simple):
+            pieces = [piece.removeprefix("##") for piece in self._word_pieces(simple)]
+            return pieces != ["[UNK]"] and (len(pieces) == 1 or any(len(p) > 1 for p in pieces))
+
+        return [word for word in text.split() if not all(map(known, _basic_words(word)))]
+
     def decode(self, ids):
         """Ids -> a string without [PAD], [CLS], [SEP]; case, accents and spacing are lost."""
         left_out = (self.pad_id, self.cls_id, self.sep_id)

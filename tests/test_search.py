@@ -99,6 +99,12 @@ def plain_ranking(blip, photos, image, text):
     return sorted(scores.items(), key=lambda pair: -pair[1])
 
 
+def test_words_that_the_model_never_saw_are_named(run, photos):
+    done, known = run(photos, text="is a helicopter at night"), run(photos, text="is at night")
+    assert "BLIP never saw these words: helicopter\n" in done.err and "saw" not in known.err
+    assert done.status == 0 and len(done.out.splitlines()) == 10
+
+
 @pytest.mark.parametrize("text", ("shows a blue car at night instead", ""))
 def test_ranking_is_that_of_single_features(find, photos, image, pocket_blip, text):
     rows = find(photos, text=text)

@@ -130,6 +130,14 @@ def test_small_vocabulary(tmp_path):
     assert Tokenizer(tmp_path / "dos.txt").vocab == tokenizer.vocab
 
 
+def test_words_of_mere_letters_are_unknown(tmp_path):
+    letters = ["h", "c", "x", "o", "##o", "##c", "##h"]
+    tokenizer = Tokenizer(write(tmp_path / "vocab.txt", [*SMALL, *letters, ","]))
+    assert tokenizer.unknown_words("a dog doggy, x dogs") == []
+    text = "Hoch, dogs ooh-dog \U0001f600 doggyx"
+    assert tokenizer.unknown_words(text) == ["Hoch,", "ooh-dog", "\U0001f600", "doggyx"]
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
