@@ -26,7 +26,7 @@ from plumbing.command import note_signals, run_command
 from plumbing.files import check_folder, cut_log, log_row
 from plumbing.options import add_shared_options, check_lengths, check_options
 from plumbing.pieces import in_pieces, warn_of_memory
-from plumbing.precision import autocast, open_blip, round_frozen_weights
+from plumbing.precision import autocast, compiled, open_blip, round_frozen_weights
 from plumbing.processes import agree, gather, join_processes, process, wait_for_all
 from plumbing.training_data import TrainingData
 from pocket import world
@@ -146,7 +146,7 @@ def train(args):
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     state = settings, blip, data.count, query_model, optimizer
     first = resume_run(run, *state) if args.resume and (run / "last.pt").exists() else 0
-    speak = torch.compile(query_model) if args.compile else query_model
+    speak = compiled(query_model, device) if args.compile else query_model
     speak = in_pieces(speak, blip, args.micro_batch)
     if processes > 1:  # averages gradients; batch-norm statistics stay each process's own
         speak = DistributedDataParallel(speak, [device] if device.type == "cuda" else None)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from pathlib import PurePath
 
 import torch
@@ -40,8 +41,12 @@ def check_options(parser, args, **least):
             parser.error(f"{option} has to be at least {least[name]}, not {value}")
         if name in MOST and value > MOST[name]:
             parser.error(f"{option} has to be at most {MOST[name]}, not {value}")
-    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", getattr(args, "device", "cpu")):
-        parser.error(f"--device has to be cpu or cuda, not {args.device}")
+    device = getattr(args, "device", "cpu")
+    if device == "mps" or (sys.platform == "darwin" and device != "cpu"):
+        parser.error(f"--device {device} is not supported: a Mac computes on its CPU (--device cpu), "
+                     "where training on the pocket world takes about ten minutes")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", device):
+        parser.error(f"--device has to be cpu or cuda, not {device}")
     run = PurePath(getattr(args, "name", "run"))
     if run.is_absolute() or ".." in run.parts or not run.parts:
         parser.error(f"--name has to be a folder below runs/, not {args.name!r}")

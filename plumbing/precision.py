@@ -51,6 +51,18 @@ def round_frozen_weights(blip, precision):
                 module.to(torch.bfloat16)
 
 
+def compiled(model, device):
+    """torch.compile(model), or the model itself, and a line on stderr, where nothing compiles."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # which one depends on what is missing: a compiler, Triton, headers
+        why = str(error).split("\n")[0]
+        print("the run continues uncompiled: --compile needs a C++ compiler in PATH, and on CUDA "
+              f"Triton ({why})", file=sys.stderr)
+        return model
+    return torch.compile(model)
+
+
 def keep_freed_memory():
     """Ask glibc, where there is one, to keep freed memory for the next allocation.
 

@@ -219,6 +219,18 @@ def test_precision_auto_resumes_in_the_checkpoints_precision(here, monkeypatch):
     assert same(weights(run), weights(whole)) and log(run) == log(whole)
 
 
+def test_without_a_compiler_a_run_continues_uncompiled(images, tmp_path):
+    (tmp_path / "empty").mkdir()
+    env = {k: x for k, x in os.environ.items() if k != "CXX"} | {
+        "PATH": str(tmp_path / "empty"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    line = [sys.executable, ROOT / "train.py", "--images", images, "--compile", "--epochs", 1]
+    done = subprocess.run([str(x) for x in line], cwd=tmp_path, env=env, capture_output=True,
+                          text=True, timeout=300)
+    said = [row for row in done.stderr.replace("\r", "\n").splitlines() if "compile" in row]
+    assert done.returncode == 0 and "wrote runs/pocket/isa.pt" in done.stdout, done.stderr
+    assert len(said) == 1 and "needs a C++ compiler" in said[0] and "Traceback" not in done.stderr
+
+
 def torchrun(processes, script, *options, cwd):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                processes, script, "--precision", "fp32", "--workers", 0, "--batch", 8, *options]

@@ -90,6 +90,21 @@ def test_check_options(capsys, line, message):
     assert f"error: {line.split()[0]} has to {message}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("system, device, refused", [
+    ("linux", "mps", True), ("darwin", "mps", True), ("darwin", "cuda:0", True),
+    ("darwin", "cpu", False), ("linux", "cuda:0", False)])
+def test_a_mac_computes_on_its_cpu(monkeypatch, capsys, system, device, refused):
+    monkeypatch.setattr(options.sys, "platform", system)
+    args = argparse.Namespace(device=device)
+    if not refused:
+        return options.check_options(argparse.ArgumentParser(), args)
+    with pytest.raises(SystemExit):
+        options.check_options(argparse.ArgumentParser(), args)
+    said = capsys.readouterr().err
+    assert f"--device {device}" in said and "a Mac computes on its CPU" in said
+    assert "about ten minutes" in said
+
+
 def test_check_lengths(pocket_blip):
     """Pocket BLIP has 64 positions: [CLS], a, photo, of, 6 tokens, 53 words, [SEP]."""
     texts = [("query 3", "red " * 53), ("query 4", "")]
