@@ -68,7 +68,7 @@ def load(source, vocab=None, image_size=None, device="cpu"):
     files, folder = _find(source)
     state = {}
     for file in files:
-        state |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        state |= read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
     state = {_our_name(name): tensor for name, tensor in state.items() if not UNUSED.match(name)}
     state.setdefault("temp", torch.tensor(0.07))  # Hugging Face has none: BLIP's initial value
 
@@ -217,6 +217,18 @@ def _check_keys(state, expected):
         raise ValueError(f"keys do not fit a BLIP for image-text retrieval; {'; '.join(listed)}")
 
 
+def unwrap(state):
+    """What torch.load returns -> what is under "model" or "state_dict", if anything.
+
+    The names lose DataParallel's "module.".
+    """
+    for key in ("model", "state_dict"):
+        state = state[key] if isinstance(state, dict) and key in state else state
+    if isinstance(state, dict) and all(str(name).startswith("module.") for name in state):
+        state = {name.removeprefix("module."): x for name, x in state.items()}
+    return state
+
+
 def _sha256(files):
     digest = hashlib.sha256()
     for path in files:
@@ -259,8 +271,9 @@ def _read_pickle(path):
     if isinstance(state, dict) and "query_model" in state:
         raise ValueError(f"{path} is a checkpoint of train.py, for --checkpoint; give BLIP's own "
                          "weights, as in training")
-    state = state.get("model", state) if isinstance(state, dict) else state
-    problem = None if state and isinstance(state, dict) else 'no state dict, bare or under "model"'
+    state = unwrap(state)
+    wanted = 'no state dict, bare or under "model" or "state_dict"'
+    problem = None if state and isinstance(state, dict) else wanted
     if not problem:
         odd = [str(k) for k, x in state.items() if type(k) is not str or not torch.is_tensor(x)]
         problem = f"{_listed(odd, 10)}, not tensors" if odd else None
@@ -275,7 +288,7 @@ SAFETENSORS = {
 }
 
 
-def _read_safetensors(path):
+def read_safetensors(path):
     """A .safetensors file -> dict name -> tensor.
 
     The format: 8 bytes, the length of the header; the header, JSON {name: {"dtype", "shape",

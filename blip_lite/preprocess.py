@@ -20,17 +20,21 @@ UPRIGHT = {  # EXIF orientation -> the operation that turns the stored pixels up
 def to_rgb(pil):
     """A PIL image of any mode -> the same, upright (EXIF orientation applied) and in RGB.
 
-    Transparency is dropped, not blended, as in the official code. 16-bit grey is scaled to 8 bits.
+    Transparency is dropped, not blended, as in the official code: what is black on a transparent
+    ground becomes black on what the file holds there, often black. Grey of 16 bits, or of floats
+    up to 1, is scaled to 8 bits.
     """
     pil.load()  # a truncated file has to fail here: reading EXIF would hide it
     try:
         turn = UPRIGHT.get(pil.getexif().get(0x0112))
     except Exception:  # PIL reports damaged EXIF in many ways; the pixels may be sound
         turn = None
-    if pil.mode.startswith("I"):  # 16-bit: "I;16", or with some versions of PIL "I"
-        grey = np.asarray(pil)
-        if pil.mode != "I" or grey.max() > 255:
-            grey = grey.clip(0, 65535) >> 8
+    if pil.mode[0] in "IF":  # 16-bit "I;16", with some versions of PIL "I"; floats are "F"
+        grey = np.nan_to_num(np.asarray(pil, np.float64), posinf=0)
+        if pil.mode not in "IF" or grey.max() > 255:
+            grey = grey.clip(0, 65535) // 256
+        elif pil.mode == "F" and grey.max() <= 1:
+            grey = grey * 255
         pil = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     if turn is not None:
         pil = pil.transpose(turn)

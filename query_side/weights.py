@@ -6,7 +6,7 @@ from http.client import HTTPException
 import torch
 import torch.nn.functional as F
 
-from blip_lite.checkpoint import check_finite
+from blip_lite.checkpoint import check_finite, read_safetensors, unwrap
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std; RGB in 0..1
 LEFT_OUT = ("classifier.", "head.", "head_dist.")  # a classifier's last layers, by their names
@@ -27,16 +27,18 @@ def imagenet_weights(name):
 
 
 def read_weights(path):
-    """A file's state dict; only tensors are unpickled. Raises ValueError."""
+    """A file's state dict, of torch.save or .safetensors; only tensors are unpickled. ValueError."""
+    safe = str(path).endswith(".safetensors")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_safetensors(path) if safe else unwrap(
+            torch.load(path, map_location="cpu", weights_only=True))
     except OSError as error:
         raise ValueError(f"the weights {path} cannot be read ({error.strerror}); "
                          "give a file's path") from None
-    except Exception:  # torch.load reports damaged files in many ways
+    except Exception:  # torch.load reports damaged files in many ways, read_safetensors in one
+        if safe:
+            raise
         state = None
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # EfficientViT's authors
-        state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise ValueError(f"the weights {path} are damaged, or more than a plain state dict, which "
                          "is refused; write them with torch.save(model.state_dict(), path)")

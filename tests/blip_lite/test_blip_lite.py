@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 
 import blip_lite
-from blip_lite.checkpoint import _our_name, _read_safetensors
+from blip_lite.checkpoint import _our_name, read_safetensors
 from blip_lite.vit import attention
 
 LETTERS = string.ascii_lowercase
@@ -310,6 +310,10 @@ def test_save_and_load(either, vocab, tmp_path):
     with open(tmp_path / "again.pth", "wb") as file:
         blip_lite.save(loaded, file)
     assert_same_weights(loaded, blip_lite.load(tmp_path / "again.pth", vocab=vocab))
+    parallel = {f"module.{name}": x for name, x in loaded.state_dict().items()}
+    for state in ({"state_dict": parallel, "epoch": 3}, {"model": parallel}, parallel):
+        torch.save(state, tmp_path / "parallel.pth")
+        assert_same_weights(loaded, blip_lite.load(tmp_path / "parallel.pth", vocab=vocab))
 
 
 def test_all_hugging_face_files_give_the_same_weights(blip, small, vocab, tmp_path):
@@ -431,7 +435,7 @@ def test_safetensors_equal_the_package(tmp_path):
     }
     path = tmp_path / "x.safetensors"
     safetensors.save_file(tensors, path, metadata={"format": "pt"})
-    ours = _read_safetensors(path)
+    ours = read_safetensors(path)
     assert set(ours) == set(tensors)
     for name, tensor in tensors.items():
         assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
@@ -460,10 +464,10 @@ DAMAGED = [
 def test_a_damaged_safetensors_file_is_one_sentence(tmp_path, content):
     path = tmp_path / "x.safetensors"
     path.write_bytes(file_of(entry()))
-    assert torch.equal(_read_safetensors(path)["x"], torch.zeros(4))
+    assert torch.equal(read_safetensors(path)["x"], torch.zeros(4))
     path.write_bytes(content)
     with pytest.raises(ValueError, match="x.safetensors is damaged or not a .safet") as error:
-        _read_safetensors(path)
+        read_safetensors(path)
     assert "\n" not in str(error.value)
 
 
@@ -523,12 +527,25 @@ def test_sixteen_bits_are_scaled_not_clipped(mode):
     file = io.BytesIO()
     Image.fromarray(grey).save(file, "PNG")
     pil = Image.open(file) if mode == "I;16" else Image.fromarray(grey.astype(np.int32))
-    assert pil.mode.startswith(mode)
+    assert pil.mode in (mode, "I")  # PIL opened "I;16" as "I" before 10.3
     expected = torch.from_numpy(grey / 65535).float().expand(3, -1, -1)
     expected = transforms.functional.normalize(expected, blip_lite.MEAN, blip_lite.STD)
     assert difference(pixels_of(pil), expected) < 0.02
     grey = picture(48, 48, "L")  # 8-bit values in a 32-bit mode stay as they are
     assert torch.equal(pixels_of(grey.convert("I")), pixels_of(grey))
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0, 65535.0])
+def test_grey_of_floats_is_scaled_by_its_range(white):
+    grey = np.linspace(0, 1, 48 * 48, dtype=np.float32).reshape(48, 48)
+    expected = torch.from_numpy(grey.copy())
+    grey = grey * white
+    grey[0, :2] = np.nan, np.inf  # become black
+    file = io.BytesIO()
+    Image.fromarray(grey).save(file, "TIFF")
+    expected = transforms.functional.normalize(
+        expected.expand(3, -1, -1), blip_lite.MEAN, blip_lite.STD)
+    assert difference(pixels_of(Image.open(file)), expected) < 0.02
 
 
 def test_attention_maps_equal_transformers():

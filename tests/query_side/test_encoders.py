@@ -197,8 +197,13 @@ def test_weights_of_the_whole_classifier_or_of_its_features(tmp_path):
     classifier, x = liven(models.mobilenet_v2()), pixels(64)
     whole = classifier.state_dict()
     old = {key: x for key, x in whole.items() if not key.endswith("num_batches_tracked")}
-    for state in (whole, classifier.features.state_dict(), old):
-        encoder = query_side.build("mobilenet_v2", str(save(state, tmp_path / "x.pth"))).eval()
+    parallel = {f"module.{key}": x for key, x in whole.items()}
+    files = [save(state, tmp_path / f"{i}.pth") for i, state in enumerate((
+        whole, classifier.features.state_dict(), old, parallel, {"state_dict": parallel}))]
+    files.append(tmp_path / "x.safetensors")
+    pytest.importorskip("safetensors.torch").save_file(whole, files[-1])
+    for file in files:
+        encoder = query_side.build("mobilenet_v2", str(file)).eval()
         with torch.no_grad():
             expected = classifier.features(x)
             assert (encoder(x) - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -218,6 +223,13 @@ def test_misfits_are_listed_in_one_error(name, tmp_path):
     assert f"{first} is missing" in said and "stages.9.weight is unexpected" in said
     assert f"{second} is [2, 2] instead of [" in said and last not in said
     assert ("biases is [4, 48] instead of [4, 49]" in said) == (name == "efficientvit_m2")
+
+
+def test_damaged_safetensors_are_one_sentence(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"\x08")
+    for name, said in (("x.safetensors", "not a .safetensors file"), ("y.safetensors", "be read")):
+        with pytest.raises(ValueError, match=said):
+            query_side.build("pocketnet", tmp_path / name)
 
 
 @pytest.mark.parametrize("content", [
