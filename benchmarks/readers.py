@@ -10,6 +10,7 @@ CATEGORIES = ("dress", "shirt", "toptee")  # FashionIQ is three benchmarks, each
 NAMES = ("cirr", "fashioniq", "circo")
 OPTIONAL = {"target_hard": str, "target": str, "gt_img_ids": list, "semantic_aspects": list[str],
             "modifier_type": str}  # fields of some captions only: test splits have no targets
+ID = (int, str)  # some tools write numbers as strings
 
 
 @dataclass
@@ -72,7 +73,7 @@ def _read_cirr(root, captions, split):
         paths[plain_name(name, where)] = Path(*(plain_name(p, where) for p in parts))
     images = _first_with(next(iter(paths.values()), Path()).parent, places)
     paths = {name: images / path for name, path in paths.items()}
-    for where, entry in _entries(captions, pairid=int, reference=str, caption=str, img_set=dict):
+    for where, entry in _entries(captions, pairid=ID, reference=str, caption=str, img_set=dict):
         members = fields(entry["img_set"], where, members=list[str])["members"]
         queries.append(Query(
             str(entry["pairid"]), entry["reference"], [entry["caption"].strip()],
@@ -102,12 +103,12 @@ def _read_fashioniq(root, captions, split):
 
 def _read_circo(root, annotations):
     gallery, paths, queries = [], {}, []
-    for where, entry in _entries(annotations, id=int, reference_img_id=int, relative_caption=str):
+    for where, entry in _entries(annotations, id=ID, reference_img_id=ID, relative_caption=str):
         truths = [coco_name(truth, where) for truth in entry.get("gt_img_ids", [])]
         queries.append(Query(
             str(entry["id"]), coco_name(entry["reference_img_id"], where),
             [entry["relative_caption"].strip()],
-            targets=sorted(truths, key=str(entry.get("target_img_id")).__ne__),  # R@K's first
+            targets=sorted(truths, key=coco_name(entry.get("target_img_id", 0), where).__ne__),
             aspects=entry.get("semantic_aspects", []), kind=entry.get("modifier_type", "")))
     info, folder = (_first_with(path, [root / "COCO2017_unlabeled", root]) / path
                     for path in ("annotations/image_info_unlabeled2017.json", "unlabeled2017"))
@@ -116,7 +117,7 @@ def _read_circo(root, annotations):
     if info.is_file():
         for i, image in enumerate(fields(read_json(info, dict), info, images=list)["images"]):
             where = f"{info}, image {i}"
-            gallery.append(coco_name(fields(image, where, id=int)["id"], where))
+            gallery.append(coco_name(fields(image, where, id=ID)["id"], where))
     elif folder.is_dir():  # and all that is used: a half-unpacked folder shows as missing images
         present = {str(int(stem)) for stem in files if re.fullmatch("[0-9]{12}", stem)}
         gallery = sorted(used | present, key=int)
@@ -192,9 +193,10 @@ def _entries(path, **kinds):
 
 
 def fields(entry, where, **kinds):
-    """A dict with all of `kinds` and any of OPTIONAL."""
+    """A dict with all of `kinds` and any of OPTIONAL, without those that are null."""
+    entry = {k: x for k, x in typed(entry, dict, where).items() if x is not None or k in kinds}
     for key, kind in (OPTIONAL | kinds).items():
-        if key in typed(entry, dict, where):
+        if key in entry:
             typed(entry[key], kind, f"{where}, {key!r}")
         elif key in kinds:
             raise ValueError(f"{where}: {key!r} is missing")
@@ -204,8 +206,10 @@ def fields(entry, where, **kinds):
 def typed(value, kind, where):
     if kind == list[str]:
         return [typed(text, str, where) for text in typed(value, list, where)]
-    if type(value) is not kind:  # not isinstance: JSON's true would pass for an int
-        raise ValueError(f"{where}: expected {kind.__name__}, found {value!r:.80}")
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if type(value) not in kinds:  # not isinstance: JSON's true would pass for an int
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{where}: expected {expected}, found {value!r:.80}")
     return value
 
 

@@ -272,22 +272,42 @@ def test_malformed_json(tmp_path, name, file, text):
         benchmarks.load(name, root)
 
 
+@pytest.mark.parametrize("name", TREES)
+def test_other_spellings_of_the_same_annotations(tmp_path, name):
+    """Numbers as strings or padded as in file names, null for what is absent, more fields."""
+    root, category = TREES[name](tmp_path), "dress" if name == "fashioniq" else None
+    file = {"cirr": "captions/cap.rc2.val.json", "fashioniq": "captions/cap.dress.val.json",
+            "circo": "annotations/val.json"}[name]
+    expected = benchmarks.load(name, root, category=category).queries
+
+    def spell(content):
+        for entry in content:
+            entry |= {"annotator": 7, "modifier_type": None, "semantic_aspects": None}
+            entry |= {k: str(x) for k, x in entry.items() if k in ("pairid", "id")}
+            entry |= {k: f"{x:012d}" for k, x in entry.items() if k.endswith("_img_id")}
+
+    for query in expected:
+        query.kind, query.aspects = "", []
+    edited(root / file, spell)
+    assert benchmarks.load(name, root, category=category).queries == expected
+
+
 def no(key):
     return lambda entry: entry.pop(key) and None
 
 
 @pytest.mark.parametrize("name, change, words", [
-    ("cirr", no("reference"), "'reference' is missing"), ("cirr", {"pairid": "12"}, "pairid"),
+    ("cirr", no("reference"), "'reference' is missing"), ("cirr", {"pairid": 1.5}, "int or str"),
     ("cirr", {"pairid": True}, "pairid"), ("cirr", {"caption": None}, "caption"),
     ("cirr", {"caption": ["x"]}, "caption"), ("cirr", {"img_set": []}, "img_set"),
     ("cirr", {"img_set": {}}, "members"), ("cirr", {"img_set": {"members": [3]}}, "members"),
     ("cirr", {"reference": "dev-99"}, "dev-99"), ("cirr", {"target_hard": "dev-99"}, "dev-99"),
     ("cirr", lambda entry: entry["img_set"]["members"].append("dev-99"), "dev-99"),
-    ("cirr", no("target_hard"), "target"), ("cirr", {"target_hard": None}, "target_hard"),
+    ("cirr", no("target_hard"), "target"), ("cirr", {"target_hard": None}, "target"),
     ("cirr", {"modifier_type": 3}, "modifier_type"), ("fashioniq", {"captions": "x"}, "captions"),
     ("fashioniq", {"captions": [1, "x"]}, "captions"), ("fashioniq", {"target": 3}, "target"),
     ("circo", {"gt_img_ids": [111, 111]}, "listed twice"), ("circo", {"gt_img_ids": 3}, "list"),
-    ("circo", {"semantic_aspects": [1]}, "semantic_aspects"), ("circo", {"id": "1"}, "'id'")])
+    ("circo", {"semantic_aspects": [1]}, "semantic_aspects"), ("circo", {"id": None}, "'id'")])
 def test_malformed_entry(tmp_path, name, change, words):
     root = TREES[name](tmp_path)
     file = {"cirr": "captions/cap.rc2.val.json", "fashioniq": "captions/cap.dress.val.json",
