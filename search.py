@@ -127,7 +127,7 @@ def main(args):
     prompt = trained["prompt"]
     check_lengths(blip, prompt, trained["tokens"], [("--text", isa.continuation(args.text))])
     if unknown := blip.tokenizer.unknown_words(args.text):
-        print(f"BLIP never saw these words: {', '.join(unknown)}", file=sys.stderr)
+        print(f"not in BLIP's vocabulary: {', '.join(unknown)}", file=sys.stderr)
 
     q, U, maps = compose(blip, model, prompt, image, args.text, args.precision)
     photos, v = index(blip, paths, root, args.precision, args.cache_dir, args.workers)

@@ -43,8 +43,8 @@ def check_options(parser, args, **least):
             parser.error(f"{option} has to be at most {MOST[name]}, not {value}")
     device = getattr(args, "device", "cpu")
     if device == "mps" or (sys.platform == "darwin" and device != "cpu"):
-        parser.error(f"--device {device} is not supported: a Mac computes on its CPU (--device cpu), "
-                     "where training on the pocket world takes about ten minutes")
+        parser.error(f"--device {device} is not supported; a Mac computes on its CPU (--device "
+                     "cpu), where two cores train on the pocket world in about ten minutes")
     if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", device):
         parser.error(f"--device has to be cpu or cuda, not {device}")
     run = PurePath(getattr(args, "name", "run"))

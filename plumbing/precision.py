@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -53,8 +54,9 @@ def round_frozen_weights(blip, precision):
 
 def compiled(model, device):
     """torch.compile(model), or the model itself, and a line on stderr, where nothing compiles."""
+    new = time.time_ns()  # a constant that no cache of compiled code holds
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        torch.compile(lambda x: x + new)(torch.zeros(8, device=device))
     except Exception as error:  # which one depends on what is missing: a compiler, Triton, headers
         why = str(error).split("\n")[0]
         print("the run continues uncompiled: --compile needs a C++ compiler in PATH, and on CUDA "

@@ -27,7 +27,7 @@ def imagenet_weights(name):
 
 
 def read_weights(path):
-    """A file's state dict, of torch.save or .safetensors; only tensors are unpickled. ValueError."""
+    """The state dict in a file of torch.save or .safetensors. ValueError for any other pickle."""
     safe = str(path).endswith(".safetensors")
     try:
         state = read_safetensors(path) if safe else unwrap(

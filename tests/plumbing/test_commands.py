@@ -102,7 +102,7 @@ def test_a_mac_computes_on_its_cpu(monkeypatch, capsys, system, device, refused)
         options.check_options(argparse.ArgumentParser(), args)
     said = capsys.readouterr().err
     assert f"--device {device}" in said and "a Mac computes on its CPU" in said
-    assert "about ten minutes" in said
+    assert "in about ten minutes" in said
 
 
 def test_check_lengths(pocket_blip):
