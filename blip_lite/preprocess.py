@@ -30,7 +30,7 @@ def to_rgb(pil):
     except Exception:  # PIL reports damaged EXIF in many ways; the pixels may be sound
         turn = None
     if pil.mode[0] in "IF":  # 16-bit "I;16", with some versions of PIL "I"; floats are "F"
-        grey = np.nan_to_num(np.asarray(pil, np.float64), posinf=0)
+        grey = np.nan_to_num(np.asarray(pil), posinf=0).astype(np.float64)
         if pil.mode not in "IF" or grey.max() > 255:
             grey = grey.clip(0, 65535) // 256
         elif pil.mode == "F" and grey.max() <= 1:

@@ -2,11 +2,13 @@
 
 import re
 
+import pytest
 import torch
 
 
 def hugging_face(image_size, depth, vocab_size):
     """transformers' BLIP on the meta device, with Salesforce's settings, not all its defaults."""
+    pytest.importorskip("transformers")
     from transformers import BlipConfig, BlipForImageTextRetrieval, BlipTextConfig, BlipVisionConfig
 
     text = BlipTextConfig(vocab_size=vocab_size, num_attention_heads=12, num_hidden_layers=depth,

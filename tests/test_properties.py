@@ -355,7 +355,7 @@ def reference(vocabulary):
             BertTokenizerLegacy as BertTokenizer,
         )
     except ImportError:
-        from transformers import BertTokenizer
+        BertTokenizer = pytest.importorskip("transformers").BertTokenizer
     theirs = BertTokenizer(str(vocabulary))
     theirs.add_special_tokens({"bos_token": "[DEC]"})
     theirs.add_special_tokens({"additional_special_tokens": ["[ENC]"]})

@@ -549,14 +549,13 @@ def test_grey_of_floats_is_scaled_by_its_range(white):
 
 
 def test_attention_maps_equal_transformers():
-    from transformers import BertConfig, BertModel
-
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = BertConfig(
+    config = transformers.BertConfig(
         vocab_size=50, hidden_size=128, num_hidden_layers=3, num_attention_heads=2,
         intermediate_size=512, attn_implementation="eager", type_vocab_size=1,
     )
-    theirs = with_large_weights(BertModel(config))
+    theirs = with_large_weights(transformers.BertModel(config))
     torch.nn.init.zeros_(theirs.embeddings.token_type_embeddings.weight)
     ours = blip_lite.bert.TextEncoder(50, 512, 128, 3, 64)
     ours.load_state_dict(theirs.state_dict(), strict=False)

@@ -37,9 +37,7 @@ def reference():
 
         tokenizer = tokenization_bert_legacy.BertTokenizerLegacy(str(VOCAB))
     except ImportError:
-        from transformers import BertTokenizer
-
-        tokenizer = BertTokenizer(str(VOCAB))
+        tokenizer = pytest.importorskip("transformers").BertTokenizer(str(VOCAB))
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     return tokenizer
