@@ -26,9 +26,9 @@ def average_precision(names, targets, k):
 
 
 def recall(queries, lists, cutoffs, label="R"):
-    pairs = list(zip(queries, lists, strict=True))
-    return {f"{label}@{k}": 100 * sum(query.targets[0] in names[:k] for query, names in pairs)
-            / len(pairs) for k in cutoffs}
+    found = [names.index(query.targets[0]) for query, names in zip(queries, lists, strict=True)
+             if query.targets[0] in names]  # places, from 0
+    return {f"{label}@{k}": 100 * sum(place < k for place in found) / len(lists) for k in cutoffs}
 
 
 def score(benchmark, rankings, subset_rankings=None):
@@ -69,7 +69,7 @@ def counted(benchmark, rankings, metric="recall"):
             raise ValueError(f"query {query.id}: a name is ranked twice: rank each image once")
         if metric == "recall_subset":
             names = [name for name in names if name in query.subset]
-        elif benchmark.name == "cirr":
+        elif benchmark.name == "cirr" and query.reference in names:
             names = [name for name in names if name != query.reference]
         lists.append(names)
     return lists

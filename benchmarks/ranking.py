@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 @torch.no_grad()
@@ -34,11 +35,15 @@ def top_k(query_features, gallery_features, k, exclude=None, chunk=4096):
     best, place = torch.full((q, k), -torch.inf), torch.full((q, k), n)  # so far, best first
     for start in range(0, n, chunk):
         rows = read(start, min(start + chunk, n))  # [R, E]
-        for i in range(0, q, 1024):  # bounds memory for any Q
-            block = slice(i, i + 1024)
+        size = min(16, -(-len(rows) // (8 * k)))  # of a group of rows, the last one padded
+        padding = rows[-1:].expand(-len(rows) % size, -1)
+        whole = (torch.cat([rows, padding]) if len(padding) else rows).float()
+        largest = _largest(whole)
+        for i in range(0, q, 256):  # bounds memory for any Q
+            block = slice(i, i + 256)
             query, old = query_features[block], best[block]
-            owner, row = _candidates(query, rows.float(), k, old[:, -1])  # [C], in gallery order
-            keep = row + start != exclude[block][owner]
+            owner, row = _candidates(query, whole, size, largest, k, old[:, -1])  # [C]
+            keep = (row < len(rows)) & (row + start != exclude[block][owner])
             owner, row = owner[keep], row[keep]
             count = owner.bincount(minlength=len(query))
             slot = k + torch.arange(len(owner)) - (count.cumsum(0) - count)[owner]  # after the old
@@ -51,25 +56,31 @@ def top_k(query_features, gallery_features, k, exclude=None, chunk=4096):
     return place
 
 
-def _candidates(query, rows, k, least):
-    """All (query, row) [2, C] that may be among the k best; least [Q]: the k-th best so far."""
+def _candidates(query, rows, size, largest, k, least):
+    """All (query, row), [C] each, that may be among the k best; least [Q]: the k-th so far."""
     rough, e = query.float() @ rows.T, query.shape[1]  # [Q, R]
+    tops = F.max_pool1d(rough, size)  # [Q, R / size], the highest of each group
     # |rough - similarity| <= error, whatever the order of the sum: E products, sums and a few other
     # roundings, each by 2^-24 of at most |q|_1 max|g|, and underflow. Where float32 may overflow,
     # error is infinite and every row stays a candidate, as NaN is not less than anything.
-    bound = (1.01 * query.double().abs().sum(1) * _largest(rows)).float()  # [Q]
+    bound = (1.01 * query.double().abs().sum(1) * largest).float()  # [Q]
     error = bound * ((e + 8) * 2**-24) + 2 * e * 2**-126
-    chosen = ~(rough < (least - error)[:, None])  # [Q, R]
-    if chosen.count_nonzero() > 2 * k * len(query) and len(rows) > k:  # these rows raise the bar
-        least = torch.maximum(least, rough.topk(k + 1).values[:, -1] - error)  # one may be excluded
-        chosen = ~(rough < (least - error)[:, None])
-    return chosen.nonzero().T
+    chosen = ~(tops < (least - error)[:, None])  # [Q, R / size]
+    other = tops.shape[1] - k  # all tops but k
+    if chosen.count_nonzero() > 2 * k * len(query) and other > 0:  # these rows raise the bar
+        least = torch.maximum(least, tops.kthvalue(other).values - error)  # one may be excluded
+        chosen = ~(tops < (least - error)[:, None])
+    owner, group = chosen.nonzero().T
+    rough = rough.view(-1, size).index_select(0, owner * tops.shape[1] + group)
+    member, offset = (~(rough < (least - error)[owner, None])).nonzero().T
+    return owner[member], group[member] * size + offset
 
 
 def _similarity(query, rows, i, j):
     """query[i] * rows[j] [C], summed in float64, as finite float32."""
-    pairs = zip(i.split(128), j.split(128), strict=True)  # 128 rows fit the cache
-    return torch.cat([(query[i].double() * rows[j]).sum(1) for i, j in pairs]).float().nan_to_num()
+    query, pairs = query.double(), zip(i.split(256), j.split(256), strict=True)  # fits the cache
+    return torch.cat([query.index_select(0, i).mul_(rows.index_select(0, j)).sum(1)
+                      for i, j in pairs]).float().nan_to_num()
 
 
 def _largest(features):
@@ -116,11 +127,11 @@ def rank_subsets(benchmark, query_features, gallery_features):
              for row in sorted(place[name] for name in query.subset)]
     _largest(query_features), _largest(gallery_features)
     values = _similarity(query_features.cpu(), gallery_features.cpu(), *torch.tensor(pairs).T)
-    rankings = {query.id: [] for query in benchmark.queries}
+    rankings = [[] for _ in benchmark.queries]
     for p in values.sort(descending=True, stable=True).indices.tolist():
         i, row = pairs[p]
-        rankings[benchmark.queries[i].id].append(benchmark.gallery[row])
-    return rankings
+        rankings[i].append(benchmark.gallery[row])
+    return {query.id: names for query, names in zip(benchmark.queries, rankings, strict=True)}
 
 
 def _places(benchmark, query_features, gallery_features):
