@@ -33,7 +33,7 @@ def attention(q, k, v, mask=None, rows=None):
     """
     q, k, v = split_heads(q), split_heads(k), split_heads(v)
     if rows is not None:  # [M, heads, S, 64] -> [B, heads, S, 64], contiguous for what follows
-        k, v = k.contiguous()[rows], v.contiguous()[rows]
+        k, v = (x.contiguous().index_select(0, rows) for x in (k, v))
     if torch.is_grad_enabled() and q.requires_grad and not q.is_cuda:
         out = attention_weights(q, k, mask) @ v  # faster than the fused kernel if backward follows
     else:

@@ -15,7 +15,7 @@ from blip_lite import MEAN, STD, to_pixels
 from blip_lite.checkpoint import MOST_PIXELS
 
 from .efficientvit import EfficientViT
-from .layers import DepthwiseConv2d, conv_norm
+from .layers import DepthwiseConv2d, MeanPool, conv_norm
 from .mobilevitv2 import MobileViTV2
 from .weights import IMAGENET_STATISTICS, imagenet_weights, load_weights, read_weights
 
@@ -151,6 +151,10 @@ def build(name, pretrained=None, blip=None, image_size=None):
         if isinstance(module, nn.Conv2d) and module.groups > 1 and (
                 module.kernel_size > (3, 3) or module.stride > (1, 1)):
             module.__class__ = DepthwiseConv2d  # the same weights under the same name
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            module.__class__ = MeanPool
+        elif isinstance(module, nn.SiLU):
+            module.inplace = False  # in place, autograd first copies what it overwrites
     if pretrained == "imagenet":
         load_weights(encoder, imagenet_weights(name), f"torchvision's {name}")
     elif pretrained is not None:

@@ -115,30 +115,42 @@ def test_attention_biases_are_resized_as_in_timm(tmp_path):
     ("efficientvit_m2", 6 * 2 + 2),  # kernels of 7 and 5 in each attention; strides of 2
     ("mobilevitv2_100", 4),
 ])
-def test_depthwise_convolutions_in_float32(name, depthwise):
+def test_which_depthwise_convolutions_are_ours(name, depthwise):
     with torch.device("meta"):
         encoder = query_side.build(name)
     found = [m for m in encoder.modules() if isinstance(m, query_side.DepthwiseConv2d)]
     assert len(found) == depthwise and all(m.groups > 1 for m in found)
 
 
-def test_depthwise_convolutions_under_autocast():
-    """In float32, up to the rounding of what goes in and out."""
+@pytest.mark.parametrize("kernel, stride, size", [
+    (3, 2, 14), (5, 1, 14), (5, 2, 15), (5, 2, 14), (7, 1, 7), (7, 2, 9)])
+def test_depthwise_convolutions_under_autocast(kernel, stride, size):
+    """The gradients of float64, up to the rounding of what goes in and out."""
     torch.manual_seed(4)
+    layer = query_side.DepthwiseConv2d(16, 16, kernel, stride, kernel // 2, groups=16, bias=False)
+    x = torch.randn(2, 16, size, size).bfloat16()
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    (y.float() ** 2).sum().backward()
+    exact = copy.deepcopy(layer).double()
+    x64 = x.detach().double().requires_grad_()
+    y64 = exact(x64)
+    (y64**2).sum().backward()
+    assert y.dtype == torch.bfloat16
+    for a, b in ((y, y64), (x.grad, x64.grad), (layer.weight.grad, exact.weight.grad)):
+        assert (a.double() - b).norm() < 0.01 * b.norm()
+
+
+def test_means_keep_channels_last():
+    """Else the gradient joins others of another layout, which takes several times as long."""
     encoder = query_side.build("efficientnet_b0")
-    layers = [m for m in encoder.modules() if isinstance(m, query_side.DepthwiseConv2d)]
-    for layer in (layers[0], layers[-1]):
-        x = torch.randn(2, layer.in_channels, 14, 14).bfloat16().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            y = layer(x)
-        (y.float() ** 2).sum().backward()
-        exact = copy.deepcopy(layer).double()
-        x64 = x.detach().double().requires_grad_()
-        y64 = exact(x64)
-        (y64**2).sum().backward()
-        assert y.dtype == torch.bfloat16
-        for a, b in ((y, y64), (x.grad, x64.grad), (layer.weight.grad, exact.weight.grad)):
-            assert (a.double() - b).norm() < 0.01 * b.norm()
+    pool = encoder[1][0].block[1].avgpool
+    x = torch.randn(2, 32, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
+    y = pool(x)
+    assert torch.allclose(y, x.mean((2, 3), keepdim=True), atol=1e-6)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_gradients_are_torchvisions():
