@@ -71,7 +71,7 @@ def parse_args(argv=None):
     add("--sentences", default="pocket/sentences.json", help="gcd+llm: {concept: [sentences]}")
     add("--epochs", type=int, help="a quarter is linear warm-up, the rest cosine annealing")
     add("--batch", type=int, help="images a step, over all processes; larger: more negatives")
-    add("--micro-batch", type=int, help="images computed at a time: less memory, a fifth more time")
+    add("--micro-batch", type=int, help="images computed at a time: less memory, more time")
     add("--lr", type=float, help="AdamW's peak; short runs need more than the paper's 3e-4")
     add("--weight-decay", type=float, default=0.05, help="BLIP's; the paper prints none")
     add("--crop", type=float, help="smallest area that a random crop keeps; 1 = no cropping")
