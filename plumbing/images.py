@@ -297,10 +297,10 @@ def check_images(folder, cache_dir, decode=200, workers=0):
     counts, empty = {"images and shards": Counter(), "passed over": Counter()}, []
     for path in tqdm(walk(folder, True), "looking", unit=" files", disable=None, leave=False):
         below, suffix = os.path.relpath(path, folder), os.path.splitext(path)[1].lower()
-        what = "images and shards" if is_listed(below) else "passed over"
+        listed = is_listed(below)
         kind = "hidden or left by the system" if is_left_over(below) else suffix or "no suffix"
-        counts[what][kind] += 1
-        if is_listed(below) and is_image(path) and os.path.isfile(path):
+        counts["images and shards" if listed else "passed over"][kind] += 1
+        if listed and is_image(path) and os.path.isfile(path):
             empty += [] if os.path.getsize(path) else [path]
     for what, kinds in counts.items():
         listed = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common(8))

@@ -90,17 +90,16 @@ def keep_statistics(model):
 def warn_of_memory(settings, blip, query_model, batch):
     """One line on stderr if a step of `batch` images a process seems to need more than is free."""
     free, piece = free_memory(blip.temp.device), settings["micro_batch"] or batch
-    if free is None:
+    if free is None or process()[0] > 0:  # the first process speaks for all
         return
-    stored = stored_bytes(settings, blip, query_model, 4) - stored_bytes(settings, blip,
-                                                                         query_model, 2)
-    held = held_bytes(settings, blip, query_model)
+    two, four = (stored_bytes(settings, blip, query_model, images) for images in (2, 4))
+    stored, held = (four - two) / 2, held_bytes(settings, blip, query_model)  # of an image
     here = 1 if blip.temp.is_cuda else process()[1]  # processes that share this memory
 
     def need(piece):
-        return here * (batch * held + min(piece, batch) * stored / 2)
+        return here * (batch * held + min(piece, batch) * stored)
 
-    if need(piece) > free and process()[0] == 0:
+    if need(piece) > free:
         fits = next((n for n in (80, 40, 20, 10) if n < piece and need(n) < free / 2), None)
         advice = (f"--micro-batch {fits} would need {need(fits) / 1e9:.0f} GB" if fits else
                   "lower --batch or --query-size")
