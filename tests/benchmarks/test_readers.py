@@ -11,6 +11,8 @@ import benchmarks
 from benchmarks import Query
 
 TREES = {"cirr": cirr_tree, "fashioniq": fashioniq_tree, "circo": circo_tree}
+CAPTIONS = {"cirr": "captions/cap.rc2.val.json", "fashioniq": "captions/cap.dress.val.json",
+            "circo": "annotations/val.json"}
 real = pytest.mark.skipif(not (DATA / "cirr" / "captions").is_dir(),
                           reason="no real annotations: set ISA_SHARED to their folder")
 
@@ -276,8 +278,6 @@ def test_malformed_json(tmp_path, name, file, text):
 def test_other_spellings_of_the_same_annotations(tmp_path, name):
     """Numbers as strings or padded as in file names, null for what is absent, more fields."""
     root, category = TREES[name](tmp_path), "dress" if name == "fashioniq" else None
-    file = {"cirr": "captions/cap.rc2.val.json", "fashioniq": "captions/cap.dress.val.json",
-            "circo": "annotations/val.json"}[name]
     expected = benchmarks.load(name, root, category=category).queries
 
     def spell(content):
@@ -288,7 +288,7 @@ def test_other_spellings_of_the_same_annotations(tmp_path, name):
 
     for query in expected:
         query.kind, query.aspects = "", []
-    edited(root / file, spell)
+    edited(root / CAPTIONS[name], spell)
     assert benchmarks.load(name, root, category=category).queries == expected
 
 
@@ -309,9 +309,7 @@ def no(key):
     ("circo", {"gt_img_ids": [111, 111]}, "listed twice"), ("circo", {"gt_img_ids": 3}, "list"),
     ("circo", {"semantic_aspects": [1]}, "semantic_aspects"), ("circo", {"id": None}, "'id'")])
 def test_malformed_entry(tmp_path, name, change, words):
-    root = TREES[name](tmp_path)
-    file = {"cirr": "captions/cap.rc2.val.json", "fashioniq": "captions/cap.dress.val.json",
-            "circo": "annotations/val.json"}[name]
+    root, file = TREES[name](tmp_path), CAPTIONS[name]
     edited(root / file, lambda content: (
         content[1].update(change) if isinstance(change, dict) else change(content[1])))
     with refused(ValueError, f"{file}, entry 1", words):

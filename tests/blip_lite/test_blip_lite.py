@@ -527,7 +527,8 @@ def test_sixteen_bits_are_scaled_not_clipped(mode):
     file = io.BytesIO()
     Image.fromarray(grey).save(file, "PNG")
     pil = Image.open(file) if mode == "I;16" else Image.fromarray(grey.astype(np.int32))
-    assert pil.mode in (mode, "I")  # PIL opened "I;16" as "I" before 10.3
+    renamed = tuple(map(int, Image.__version__.split(".")[:2])) >= (10, 3)  # before, "I" for both
+    assert pil.mode.startswith(mode if renamed else "I")
     expected = torch.from_numpy(grey / 65535).float().expand(3, -1, -1)
     expected = transforms.functional.normalize(expected, blip_lite.MEAN, blip_lite.STD)
     assert difference(pixels_of(pil), expected) < 0.02
