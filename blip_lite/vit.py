@@ -34,8 +34,9 @@ def attention(q, k, v, mask=None, rows=None):
     q, k, v = split_heads(q), split_heads(k), split_heads(v)
     if rows is not None:  # [M, heads, S, 64] -> [B, heads, S, 64], contiguous for what follows
         k, v = (x.contiguous().index_select(0, rows) for x in (k, v))
-    if torch.is_grad_enabled() and q.requires_grad and not q.is_cuda:
-        out = attention_weights(q, k, mask) @ v  # faster than the fused kernel if backward follows
+    grad = torch.is_grad_enabled() and q.requires_grad
+    if not q.is_cuda and (grad or q.dtype == torch.bfloat16):
+        out = attention_weights(q, k, mask) @ v  # here faster on a CPU than the fused kernel
     else:
         mask = None if mask is None else mask[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, mask)

@@ -1,5 +1,6 @@
 """In which precision networks run, and how a command opens BLIP."""
 
+import copy
 import ctypes
 import sys
 import time
@@ -45,11 +46,47 @@ def open_blip(settings, round_weights=True):
 
 
 def round_frozen_weights(blip, precision):
-    """Round matrices to bfloat16 once, not at every call; from now on BLIP needs autocast."""
+    """Round matrices to bfloat16 once, not at every call; from now on BLIP needs autocast.
+
+    Where it pays, those of the visual encoder are packed, too: fp32 stays the same to 1e-6.
+    """
     if precision == "bf16":
         for module in blip.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
                 module.to(torch.bfloat16)
+    if blip.temp.device.type == "cpu" and packing_pays():
+        for module in list(blip.visual_encoder.modules()):
+            for name, child in module.named_children():
+                if type(child) is torch.nn.Linear:
+                    setattr(module, name, PackedLinear(child))
+
+
+def packing_pays():
+    """On an AMD processor with AVX-512 PyTorch's float32 product runs at half its speed (MKL)."""
+    return ({"AuthenticAMD", "avx512f"} <= cpu_flags() and torch.backends.mkldnn.is_available()
+            and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+
+
+class PackedLinear(torch.nn.Module):
+    """A frozen nn.Linear, its matrix also stored in the order in which oneDNN reads it.
+
+    A copy is the plain nn.Linear again: it may be trained.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.plain = [linear]  # in a list: no submodule
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
+
+    def forward(self, x):
+        if torch.is_grad_enabled() and x.requires_grad:  # oneDNN's product has no backward
+            return self.plain[0](x)
+        x = x.to(self.weight.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def __deepcopy__(self, memo):
+        return copy.deepcopy(self.plain[0], memo)
 
 
 def compiled(model, device):

@@ -41,7 +41,12 @@ import isa  # noqa: E402
 import query_side  # noqa: E402
 from blip_lite.checkpoint import POCKET, _our_name, infer_sizes  # noqa: E402
 from plumbing.pieces import InPieces, read_in_pieces  # noqa: E402
-from plumbing.precision import keep_freed_memory, round_frozen_weights  # noqa: E402
+from plumbing.precision import (  # noqa: E402
+    PackedLinear,
+    keep_freed_memory,
+    packing_pays,
+    round_frozen_weights,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 bf16 = partial(torch.autocast, DEVICE, torch.bfloat16)
@@ -69,9 +74,11 @@ def peak(dtype):
     best = 0
     for m, k, n in ((3152, 768, 3072), (3152, 3072, 768), (2048, 2048, 2048), (4096, 4096, 4096)):
         a = torch.randn(m, k, dtype=dtype, device=DEVICE)
-        b = torch.randn(n, k, dtype=dtype, device=DEVICE)
-        seconds = measure({"product": lambda a=a, b=b: F.linear(a, b)}, repeats=9)["product"]
-        best = max(best, 2 * m * k * n / seconds)
+        linear = torch.nn.Linear(k, n, dtype=dtype, device=DEVICE).requires_grad_(False)
+        products = {"plain": partial(linear, a)}
+        if packing_pays() and DEVICE == "cpu":
+            products["packed"] = partial(PackedLinear(linear), a)
+        best = max(best, 2 * m * k * n / min(measure(products, repeats=9).values()))
     return best
 
 
@@ -102,44 +109,88 @@ def blip_base(device=DEVICE):
     return ours.eval().requires_grad_(False).to(device), theirs.to(device)
 
 
+def other_engines(network, pixels):
+    """{"OpenVINO, bf16": function, ...}: a network run by the engines that are installed here."""
+    functions = {}
+    try:
+        import openvino
+    except ImportError:
+        print("  OpenVINO was skipped: it is not installed (pip install openvino)")
+    else:
+        network_there = openvino.convert_model(network, example_input=pixels)
+        for name, dtype in (("fp32", "f32"), ("bf16", "bf16")):
+            settings = {"INFERENCE_PRECISION_HINT": dtype, "PERFORMANCE_HINT": "LATENCY",
+                        "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+            there = openvino.Core().compile_model(network_there, "CPU", settings)
+            functions[f"OpenVINO, {name}"] = partial(there, pixels.numpy())
+    try:
+        import onnxruntime
+    except ImportError:
+        print("  ONNX Runtime was skipped: it is not installed (pip install onnxruntime)")
+    else:
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = torch.get_num_threads()
+        with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+            torch.onnx.export(network, (pixels,), file.name, input_names=["pixels"],
+                              dynamo=False)
+            there = onnxruntime.InferenceSession(file.name, settings, ["CPUExecutionProvider"])
+        functions["ONNX Runtime, fp32"] = lambda: there.run(None, {"pixels": pixels.numpy()})
+    return functions
+
+
 @torch.no_grad()
 def part_blip():
     """The frozen encoders: 16 images, and 48 texts of 16 tokens, three for each image."""
-    speed = {torch.float32: peak(torch.float32), torch.bfloat16: peak(torch.bfloat16)}
+    speed = {"fp32": peak(torch.float32), "bf16": peak(torch.bfloat16)}
     print("  measured peak: " + ", ".join(f"{d} {x / 1e9:.0f} Gop/s" for d, x in speed.items()))
-    ours, theirs = blip_base("cpu")
+    counted, theirs = blip_base("cpu")  # ours as loaded: the counter of operations knows its layers
+    ours = {dtype: copy.deepcopy(counted) for dtype in speed}  # and as commands run it
+    for dtype, blip in ours.items():
+        round_frozen_weights(blip, dtype)
     pixels, ids = torch.randn(16, 3, 224, 224), torch.randint(5, 400, (48, 16))
     mask, rows = torch.ones_like(ids), torch.arange(48) % 16
-    words, F_v = ours.embed_words(ids), ours.encode_image(pixels)[1]
+    words, F_v = counted.embed_words(ids), counted.encode_image(pixels)[1]
 
-    def their_v():
-        F_v = theirs.vision_model(pixels).last_hidden_state
-        return F.normalize(theirs.vision_proj(F_v[:, 0]), dim=-1)
+    class TheirV(torch.nn.Module):
+        vision, project = theirs.vision_model, theirs.vision_proj
+
+        def forward(self, pixels):
+            F_v = self.vision(pixels).last_hidden_state
+            return F.normalize(self.project(F_v[:, 0]), dim=-1)
 
     def their_cls(**image):
         return theirs.text_encoder(ids, mask, **image).last_hidden_state[:, 0]
 
-    def in_bf16(function):
-        with bf16():
-            function()
-
+    their_v = partial(TheirV().eval(), pixels)
+    anchors = other_engines(their_v.func, pixels)
+    for name, engine in anchors.items():
+        found = torch.as_tensor(engine()[0])
+        assert torch.allclose(found, their_v(), atol=0.02), f"{name} gives another v"
+    goals = {("images -> v", "fp32", "transformers"): "1.5 x",
+             ("images -> v", "bf16", "OpenVINO"): "0.92 x"}
     for what, our, their in (
-        ("images -> v", lambda: ours.encode_image(pixels, cls_only=True), their_v),
-        ("images -> v and F^v", lambda: ours.encode_image(pixels), their_v),
-        ("48 texts -> t", lambda: ours.encode_text(words, mask),
+        ("images -> v", lambda blip: blip.encode_image(pixels, cls_only=True), their_v),
+        ("images -> v and F^v", lambda blip: blip.encode_image(pixels), their_v),
+        ("48 texts -> t", lambda blip: blip.encode_text(words, mask),
          lambda: F.normalize(theirs.text_proj(their_cls()), dim=-1)),
-        ("48 texts, 3 an image -> matching logits", lambda: ours.match(words, mask, F_v, rows),
+        ("48 texts, 3 an image -> matching logits", lambda blip: blip.match(words, mask, F_v, rows),
          lambda: theirs.itm_head(their_cls(encoder_hidden_states=F_v[rows]))),
     ):
-        floor = {dtype: operations(our) / rate for dtype, rate in speed.items()}
-        t = measure({"ours": our, "theirs": their, "ours16": partial(in_bf16, our),
-                     "theirs16": partial(in_bf16, their)})
-        show(f"{what}, fp32, transformers", t["theirs"])
-        show(f"{what}, fp32", t["ours"], floor[torch.float32], t["theirs"], "1.1 x")
-        show(f"{what}, bf16, transformers", t["theirs16"])
-        wanted = "60 % of the floor's speed"
-        show(f"{what}, bf16", t["ours16"], floor[torch.bfloat16], t["theirs16"], wanted)
-        show(f"{what}, bf16 to fp32", t["ours16"], None, t["theirs"], "3 x for images")
+        def run(function, *inputs, dtype):
+            with torch.autocast("cpu", torch.bfloat16, dtype == "bf16"):
+                function(*inputs)
+
+        variants = {f"transformers, {dtype}": partial(run, their, dtype=dtype) for dtype in speed}
+        variants |= {dtype: partial(run, our, blip, dtype=dtype) for dtype, blip in ours.items()}
+        seconds = measure(variants | (anchors if what == "images -> v" else {}))
+        for name in [name for name in seconds if name not in speed]:
+            show(f"{what}, {name}", seconds[name])
+        work = operations(partial(our, counted))
+        for dtype, rate in speed.items():
+            for engine in ("transformers", "OpenVINO"):
+                if f"{engine}, {dtype}" in seconds:
+                    show(f"{what}, {dtype}, against {engine}", seconds[dtype], work / rate,
+                         seconds[f"{engine}, {dtype}"], goals.get((what, dtype, engine)))
 
 
 # ---- 2. a training step at full size

@@ -123,7 +123,8 @@ def test_precision_follows_the_processor(monkeypatch, flags):
     assert dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[picked]
 
 
-def test_rounded_weights_give_what_autocast_gives(pocket_blip):
+def test_rounded_weights_give_what_autocast_gives(pocket_blip, monkeypatch):
+    monkeypatch.setattr(precision, "packing_pays", lambda: False)
     rounded = copy.deepcopy(pocket_blip)
     precision.round_frozen_weights(rounded, "fp32")
     old, new = pocket_blip.state_dict(), rounded.state_dict()
@@ -157,3 +158,30 @@ def test_freed_memory_is_kept():
     if default < 200_000:
         pytest.skip("this C library or kernel does not take pages one by one")
     assert kept < default - 200_000
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="no oneDNN")
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-6), ("bf16", 1e-2)])
+def test_packed_products_give_what_plain_ones_give(pocket_blip, monkeypatch, dtype, tolerance):
+    monkeypatch.setattr(precision, "packing_pays", lambda: True)
+    packed = copy.deepcopy(pocket_blip)
+    precision.round_frozen_weights(packed, dtype)
+    assert isinstance(packed.visual_encoder.blocks[0].mlp.fc1, precision.PackedLinear)
+    assert packed.state_dict().keys() == pocket_blip.state_dict().keys()
+    pixels = torch.linspace(-2, 2, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
+    for cls_only in (False, True):
+        with torch.no_grad(), precision.autocast("cpu", dtype):
+            v, found = (blip.encode_image(pixels, cls_only)[0] for blip in (pocket_blip, packed))
+        assert torch.allclose(v, found, atol=tolerance)
+    pixels.requires_grad_()
+    with precision.autocast("cpu", dtype):
+        packed.encode_image(pixels)[1].float().sum().backward()
+    assert pixels.grad.abs().sum() > 0
+    assert type(copy.deepcopy(packed).visual_encoder.blocks[0].mlp.fc1) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("flags, pays", [
+    ("AuthenticAMD avx2", False), ("GenuineIntel avx512f", False), ("AuthenticAMD avx512f", True)])
+def test_packing_follows_the_processor(monkeypatch, flags, pays):
+    monkeypatch.setattr(precision, "cpu_flags", lambda: set(flags.split()))
+    assert precision.packing_pays() == (pays and torch.backends.mkldnn.is_available())
