@@ -15,5 +15,5 @@ their input; checkpoint.py reads weights, and `python -m plumbing.download` fetc
 
 from .blip import Blip
 from .checkpoint import MOST_PIXELS, check_finite, infer_sizes, load, save
-from .preprocess import MEAN, STD, to_pixels, to_rgb
+from .preprocess import MEAN, STD, normalize, to_pixels, to_rgb, to_square
 from .tokenizer import Tokenizer

@@ -48,14 +48,23 @@ def to_rgb(pil):
     return pil.convert("RGB")
 
 
-def to_pixels(pil, image_size, mean, std):
-    """A PIL image of any mode and size -> float32 [3, S, S]: (x / 255 - mean) / std.
+def to_square(pil, image_size):
+    """A PIL image of any mode and size -> uint8 [3, S, S], S = image_size.
 
-    Upright, RGB, bicubic, squeezed to a square of side S = image_size, as in BLIP's own evaluation.
+    Upright, RGB, bicubic, squeezed to a square, as in BLIP's own evaluation.
     """
     pil = to_rgb(pil)
     if pil.size != (image_size, image_size):
         pil = pil.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(pil).transpose(2, 0, 1).astype(np.float32, order="C"))
+    return torch.from_numpy(np.array(pil)).permute(2, 0, 1).contiguous()
+
+
+def normalize(pixels, mean, std):
+    """uint8 [..., 3, S, S] -> float32 of the same shape: (x / 255 - mean) / std."""
     mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-    return pixels.div_(255).sub_(mean).div_(std)  # [3, S, S]
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+def to_pixels(pil, image_size, mean, std):
+    """A PIL image of any mode and size -> float32 [3, S, S], as a network wants it."""
+    return normalize(to_square(pil, image_size), mean, std)

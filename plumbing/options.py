@@ -1,6 +1,7 @@
 """Options that several commands share, and what each command checks before it starts work."""
 
 import math
+import os
 import re
 import sys
 from pathlib import PurePath
@@ -15,7 +16,8 @@ SHARED = {
     "--device": dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"),
     "--precision": dict(choices=("auto", "bf16", "fp32"), default="auto",
                         help="auto: bf16 where the processor or GPU supports it"),
-    "--workers": dict(type=int, default=1, help="processes that decode images"),
+    "--workers": dict(type=int, default=min((os.cpu_count() or 1) // 4, 8), help="processes that "
+                      "decode images for the main one; default: a quarter of the cores, up to 8"),
     "--threads": dict(type=int, default=0, help="CPU threads, 0 = all; 1 where runs share a CPU"),
 }
 LEAST = {"seed": 0, "threads": 0, "workers": 0}

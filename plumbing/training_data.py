@@ -4,7 +4,7 @@
     for pixels, v, F_v in data.from_step(0):        # the steps of a whole run
 
 Order and augmentation depend on seed and epoch alone, not on the number of processes and workers;
-any step is reached at once. Memory does not grow with the images.
+any step is reached at once. Memory does not grow with the images beyond KEPT.
 """
 
 import sys
@@ -20,6 +20,7 @@ from plumbing.images import SKIP, find_images
 from plumbing.precision import autocast
 from plumbing.processes import process, wait_for_all
 
+KEPT = 5e8  # bytes; all images are decoded once and kept, if no augmentation changes them, up to it
 RUN = 1000  # neighbours on disk that an epoch's shuffle keeps within one buffer
 
 
@@ -116,19 +117,23 @@ class TrainingImages:
     def __init__(self, images, encoder, settings, features=None, to_blip=None):
         self.images, self.features, self.to_blip = images, features, to_blip
         self.size, self.normalization = encoder.image_size, encoder.normalization
-        self.seed, self.augment = settings["seed"], None
+        self.seed, self.augment, self.kept = settings["seed"], None, {}
         crop, flip, randaugment = (settings[name] for name in ("crop", "flip", "randaugment"))
         if crop < 1 or flip or randaugment:
             from plumbing.augment import augmentation
 
             self.augment = augmentation(self.size, crop, flip, randaugment)
+        size = 3 * self.size**2 * len(images) * max(1, settings["workers"])  # each keeps its own
+        self.keep = size <= KEPT and not (self.augment or to_blip)
 
     def __getitem__(self, epoch_and_row):
-        """-> i, pixels [3, S, S], BLIP's pixels or None, {row: why it is damaged}.
+        """-> i, uint8 pixels [3, S, S], BLIP's pixels or None, {row: why it is damaged}.
 
         The next image stands in for a damaged one; after a hundred i is None.
         """
         epoch, row = epoch_and_row
+        if row in self.kept:
+            return row, self.kept[row], None, {}
         damaged = {}
         for i in ((row + step) % len(self.images) for step in range(100)):
             try:
@@ -141,7 +146,9 @@ class TrainingImages:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(hash((self.seed, epoch, i)))
                     seen = self.augment(image)
-            pixels = blip_lite.to_pixels(seen, self.size, *self.normalization)
+            pixels = blip_lite.to_square(seen, self.size)
+            if self.keep:
+                self.kept[i] = pixels
             return i, pixels, self.to_blip(image) if self.to_blip else None, damaged
         return None, None, None, damaged  # an error here would end as a worker's traceback
 
@@ -154,7 +161,8 @@ class TrainingImages:
         v, F_v = (x if x is None else torch.from_numpy(x[rows]) for x in stored)
         blip_pixels = torch.stack(blip_pixels) if self.to_blip else None
         damaged = {i: why for reasons in damaged for i, why in reasons.items()}
-        return torch.stack(pixels), blip_pixels, v, F_v, damaged
+        pixels = blip_lite.normalize(torch.stack(pixels), *self.normalization)
+        return pixels, blip_pixels, v, F_v, damaged
 
 
 def epoch_order(n, seed, epoch, buffer, start=0):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import blip_lite
 import query_side
 from plumbing import training_data
 from plumbing.augment import NeutralRandAugment
@@ -97,6 +98,29 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row(images, tmp_path):
     assert len({pixels.numpy().tobytes() for pixels in drawn}) == 13
 
 
+@pytest.mark.parametrize("options, decoded", [
+    ({}, 4), (dict(workers=2), 4), (dict(workers=2, limit=0.5), 8), (dict(limit=0), 8),
+    (dict(flip=True), 8), (dict(crop=0.5), 8)])
+def test_images_are_decoded_once_where_nothing_changes_them(images, tmp_path, monkeypatch, options,
+                                                            decoded):
+    """One worker may keep up to KEPT bytes, two half as much; augmented images are not kept."""
+    for path in paths(images)[:4]:
+        shutil.copy(path, tmp_path)
+    workers, limit = options.get("workers", 1), options.pop("limit", 1)
+    monkeypatch.setattr(training_data, "KEPT", limit * workers * 4 * 3 * 64 * 64)
+    data = training_images(tmp_path, **dict(crop=1.0, flip=False, randaugment=0) | options)
+    opened, read = [], data.images.open
+    monkeypatch.setattr(data.images, "open", lambda i: opened.append(i) or read(i))
+    for epoch in range(2):
+        for row in range(4):
+            i, pixels, blip_pixels, damaged = data[epoch, row]
+            assert (i, pixels.dtype, blip_pixels, damaged) == (row, torch.uint8, None, {})
+            if "crop" not in options and "flip" not in options:
+                wanted = np.asarray(Image.open(paths(tmp_path)[row]).convert("RGB"))
+                assert np.array_equal(pixels.permute(1, 2, 0), wanted)
+    assert len(opened) == decoded
+
+
 def test_randaugment_keeps_what_colour_words_mean():
     """On an image of two colours no other may appear but the black that shearing brings in."""
     augment = NeutralRandAugment(num_ops=2, magnitude=20)
@@ -157,7 +181,8 @@ def test_each_step_has_what_blip_sees_in_the_whole_image(make, images, pocket_bl
     plain = training_images(images)
     order = batches(24, 8, 3, steps=6)
     for (pixels, v, F_v), batch in zip(found, order, strict=True):
-        assert torch.equal(pixels, torch.stack([plain[key][1] for key in batch]))
+        seen = torch.stack([plain[key][1] for key in batch])
+        assert torch.equal(pixels, blip_lite.normalize(seen, *plain.normalization))
         whole = [pocket_blip.preprocess(Image.open(paths(images)[row])) for _, row in batch]
         true_v, true_F_v = pocket_blip.encode_image(torch.stack(whole))
         assert v.dtype == torch.float32 and (v - true_v).abs().max() < 1e-3  # stored in float16
