@@ -1,5 +1,6 @@
 """How every command ends: one line on an error, and the exit status that shells expect."""
 
+import gc
 import multiprocessing
 import signal
 import sys
@@ -47,6 +48,7 @@ def run_command(name, main, args, interrupted="interrupted"):
         for worker in multiprocessing.active_children():
             worker.kill()  # it ignores SIGTERM, and Python would wait for it forever
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            gc.collect()  # a model that still refers to the group may abort the process at its end
             torch.distributed.destroy_process_group()
 
 

@@ -1,5 +1,6 @@
 """Two processes compute what one does; how they join under torchrun."""
 
+import gc
 import socket
 
 import pytest
@@ -19,9 +20,16 @@ def case():
 
 
 def one_of_two(rank, port, folder):
-    """Gradients of GCD from this process's half of eight samples, as train.py computes them."""
+    """Save what this process computes; it is one of two."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.save(half(rank), f"{folder}/{rank}.pt")
+    gc.collect()  # as run_command ends
+    dist.destroy_process_group()
+
+
+def half(rank):
+    """Gradients of GCD from this process's half of eight samples, as train.py computes them."""
     model, x, v = case()
     mine = slice(4 * rank, 4 * rank + 4)
     speak = torch.nn.parallel.DistributedDataParallel(model)
@@ -29,8 +37,7 @@ def one_of_two(rank, port, folder):
     loss = isa.global_contrastive_distillation(gather(v[mine]), gather(t), 0.1)
     (2 * loss).backward()
     said = [processes.process(), agree(torch.tensor(1.0 + rank), 3 * rank), from_the_first(rank)]
-    torch.save([said, loss.detach(), *(p.grad for p in model.parameters())], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return [said, loss.detach(), *(p.grad for p in model.parameters())]
 
 
 def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
