@@ -21,60 +21,45 @@ import query_side
 from baselines.setting import (  # noqa: F401, some only for importers
     METHODS,
     MODEL_OPTIONS,
+    NOT_IN_THE_PAPER,
     SIMPLE,
+    WEIGHTS,
     Setting,
+    check_methods,
     encode_queries,
     modifiers,
+    open_benchmarks,
+    read_weights,
     through_query_model,
 )
 from benchmarks.report import print_table, summarize
 from plumbing.command import run_command
 from plumbing.files import check_output, write_json
 from plumbing.images import check_images
-from plumbing.options import add_shared_options, check_lengths, check_options
+from plumbing.options import RERANK, SHARED, add_shared_options, check_lengths, check_options
 from plumbing.pictures import check_picture, draw_picture, save_picture
 from plumbing.precision import open_blip
-from pocket import ceilings, world
+from pocket import ceilings
 from pocket.specs import EDIT_KINDS
-
-POCKET_DATA = "data/pocket"
-
-
-def open_benchmarks(benchmark="all", data=None, split=None, images=True, targets=True):
-    """One benchmark or "all" three -> list of Benchmark, FashionIQ one for each category.
-
-    data: the root of the one, the parent of all; by default the pocket world, drawn if need be.
-    Raises ValueError where `images` or `targets`, if needed, are missing.
-    """
-    if data is None:
-        world.ensure(POCKET_DATA)
-    opened, split = [], split or "test"
-    for name in benchmarks.HEADLINE if benchmark == "all" else (benchmark,):
-        root = data if data and benchmark != "all" else Path(data or POCKET_DATA) / name
-        official = "test1" if (name, split) == ("cirr", "test") else split
-        for category in benchmarks.CATEGORIES if name == "fashioniq" else (None,):
-            opened.append(benchmarks.load(name, root, official, category))
-    for part in opened:
-        if images:
-            benchmarks.require_images(part)
-        if targets and not part.queries[0].targets:
-            raise ValueError(f"{part.name} {part.split} has no ground truth; "
-                             "`evaluate.py submit` writes what its server scores")
-    return opened
 
 
 def all_rankings(settings, methods, targets=True):
     """Yields (Setting, method, number of its checkpoint, rankings, rankings of CIRR's subsets).
 
-    Raises ValueError, before anything slow, for what could fail later.
+    With --rerank, "METHOD re-ranked" follows a method that has sentences. Raises ValueError, before
+    anything slow, for what could fail later.
     """
     files = {m: settings[option] for m, option in MODEL_OPTIONS.items() if m in methods}
     for path in sum(files.values(), []):
         query_side.read_checkpoint(path)
+    k, weights = settings["rerank"] or 0, settings.get("weights", WEIGHTS)
+    read_weights(weights)
     where = settings["benchmark"], settings["data"], settings["split"]
     opened = open_benchmarks(*where, targets=targets)
     blip, precision = open_blip(settings)
     models = {m: [query_side.load_query_model(path, blip) for path in files[m]] for m in files}
+    if k:
+        check_methods(blip, k, opened, methods, files, models)
     texts = [(f"the modifier of query {query.id} of {part.category or part.name} ({text[:40]!r})",
               isa.continuation(text))
              for part in opened for query in part.queries for text in modifiers(query)]
@@ -84,14 +69,20 @@ def all_rankings(settings, methods, targets=True):
 
     for part in opened:
         setting = Setting(blip, part, precision, settings["cache_dir"], settings["workers"],
-                          settings.get("sentences"))
+                          settings.get("sentences"), weights)
         for method in tqdm(methods, part.category or part.name, leave=False, disable=None):
             if method in ceilings.METHODS and not ceilings.read_captions(part):
                 continue
             runs = models.get(method, [(None, {"prompt": "a photo of"})])
             for number, (model, trained) in enumerate(runs):
-                q = setting.query_features(method, model, trained["prompt"])
-                yield setting, method, number, *setting.rank(q, model)
+                speak = setting.speaker(method, model, trained["prompt"])
+                q = setting.query_features(method, speak=speak)
+                best, subsets = setting.rank(q, model, max(50, k))
+                yield setting, method, number, best, subsets
+                if k and speak:
+                    best, subsets = setting.rerank(q, best, subsets, speak, k,
+                                                   settings["rerank_weight"])
+                    yield setting, f"{method} re-ranked", number, best, subsets
 
 
 def table(args):
@@ -116,7 +107,7 @@ def table(args):
                for name, methods in scores.items()}
     for name, rows in results.items():
         several = [method for method in rows if len(scores[name][method]) > 1]
-        print_table(name, rows, args.split or "test", several)
+        print_table(name, rows, args.split or "test", several, NOT_IN_THE_PAPER)
     found = {"precision": setting.precision, "blip_fingerprint": setting.blip.fingerprint}
     write_json(args.json, {"settings": vars(args) | found, "results": results})
     print(f"\nwrote {args.json}")
@@ -164,6 +155,7 @@ def submit(args):
     check_output(args.out)
     out, files = Path(args.out), {}
     settings = vars(args) | {"checkpoint": [args.checkpoint]}
+    # with --rerank each part comes twice, and what is re-ranked takes the place of the other
     for setting, _, _, best, subsets in all_rankings(settings, ["isa"], targets=False):
         files[out] = files.get(out, {}) | benchmarks.predictions(setting.benchmark, best)
         if subsets:
@@ -213,9 +205,11 @@ def parse_args(argv=None):
     for name in ("pic2word", "searle"):
         p.add_argument(f"--{name}", nargs="+", default=[f"runs/{name}/isa.pt"])
     p.add_argument("--sentences", default="pocket/sentences.json", help="for searle-oti")
+    p.add_argument("--weights", default=WEIGHTS, help="what `python -m baselines.weights` wrote, "
+                   "for weighted, slerp and isa+text")
     p.add_argument("--json", default="runs/table.json", help="results and settings")
     p.add_argument("--picture", default="runs/retrieved.png", help='what ISA found; "" = none')
-    add_shared_options(p)
+    add_shared_options(p, *SHARED, *RERANK)
 
     p = parsers["score"]
     p.add_argument("--split", default="val")
@@ -226,7 +220,7 @@ def parse_args(argv=None):
     p.add_argument("--split", required=True)
     p.add_argument("--checkpoint", required=True)
     p.add_argument("--out", required=True, help="CIRR: NAME_subset.json is written beside it")
-    add_shared_options(p)
+    add_shared_options(p, *SHARED, *RERANK)
 
     p = parsers["check"]
     p.add_argument("--splits", nargs="+", help="default: those with annotations, or val")
@@ -239,7 +233,7 @@ def parse_args(argv=None):
         given = bool(args.benchmark), bool(args.data), bool(args.images)
         if given not in ((True, True, False), (False, False, True)):
             parser.error("check needs --benchmark and --data, or --images alone")
-    check_options(parser, args, decode=0)
+    check_options(parser, args, decode=0, rerank=1, rerank_weight=0)
     return args
 
 

@@ -8,81 +8,61 @@ The default models know only the pocket world's drawings (README). Each photo is
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 import benchmarks
 import blip_lite
 import isa
 import query_side
 from plumbing.command import run_command
-from plumbing.files import check_folder, check_output, explained, locked, replacing, write_json
-from plumbing.images import identity, list_images, load_images, open_image, walk
-from plumbing.options import add_shared_options, check_lengths, check_options
+from plumbing.files import check_folder, check_output, write_json
+from plumbing.images import list_images, open_image, walk
+from plumbing.options import RERANK, SHARED, add_shared_options, check_lengths, check_options
+from plumbing.photos import index
 from plumbing.pictures import check_picture, contact_sheet, nearest_words, save_picture
 from plumbing.precision import autocast, open_blip
 
 
-def index(blip, paths, root, precision, cache, workers=1):
-    """Paths of photos below the folder `root` -> those that can be read, v [N, E] of unit norm.
-
-    The index is a file of records: an id (hash of path, size and time of change) and v, float32. A
-    half-written last one is cut off; those of lost photos are dropped once they are the majority.
-    """
-    key = hashlib.sha256(os.fsencode(f"{root}\0{blip.fingerprint}\0{precision}")).hexdigest()[:16]
-    ids = [hashlib.sha256(identity(path)).hexdigest()[:32].encode() for path in paths]
-    kind = np.dtype([("id", "S32"), ("v", np.float32, (blip.embed_dim,))])
-    file = Path(cache) / f"photos-{key}" / "records"
-    with locked(file.parent):  # one search at a time writes; the next finds its work done
-        file.touch()
-        os.truncate(file, file.stat().st_size // kind.itemsize * kind.itemsize)
-        known = set(np.fromfile(file, kind)["id"].tolist())
-        new = [i for i, name in enumerate(ids) if name not in known]
-        for rows, v in encode(blip, [paths[i] for i in new], precision, workers) if new else ():
-            batch = [(ids[new[row]], feature) for row, feature in zip(rows, v, strict=True)]
-            with explained(file), open(file, "ab") as records:
-                records.write(np.array(batch, kind).tobytes())
-        stored = np.fromfile(file, kind)
-        row = {name: i for i, name in enumerate(stored["id"].tolist())}
-        there = [i for i, name in enumerate(ids) if name in row]
-        stored = stored[[row[ids[i]] for i in there]]
-        if len(row) > 2 * len(ids):
-            with replacing(file) as records:
-                records.write(stored.tobytes())
-    return [paths[i] for i in there], torch.from_numpy(stored["v"].copy())
-
-
-@torch.no_grad()
-def encode(blip, paths, precision, workers):
-    """Yields (row numbers, their v [M, E] as an array); names on stderr what cannot be read."""
-    batches = load_images(list_images(paths), blip.preprocess, 64, workers)  # a kill loses 64
-    for rows, pixels, bad in tqdm(batches, "indexing photos", unit="batch", disable=None):
-        for why in bad.values():
-            tqdm.write(f"left out: {why}", file=sys.stderr)
-        if rows:
-            with autocast(blip.temp.device, precision):
-                v, _ = blip.encode_image(pixels.to(blip.temp.device), cls_only=True)
-            yield rows, v.float().cpu().numpy()
-
-
 @torch.no_grad()
 def compose(blip, model, prompt, image, text, precision):
-    """A PIL image and a text -> q [1, E], U [1, L, d_w], two maps [L, H, W] as in isa, or None."""
+    """A PIL image and a text -> sentence, q [1, E], U [1, L, d_w], two maps [L, H, W] or None.
+
+    sentence: words [1, T, d_w] and mask [1, T]; maps as in isa.
+    """
     pixels = query_side.preprocess(model.encoder, image)[None].to(blip.temp.device)
     with autocast(pixels.device, precision):
         feature_map = model.encoder(pixels)
         U = model.mapper(feature_map)
-        q = blip.encode_text(*isa.compose_query(blip, U, [text], prompt))
+        sentence = isa.compose_query(blip, U, [text], prompt)
+        q = blip.encode_text(*sentence)
         attend = getattr(model.mapper, "attention_maps", lambda _: (None, None))
         maps = [None if m is None else m[0].float().cpu() for m in attend(feature_map)]
-    return q.float().cpu(), U.float(), maps
+    return sentence, q.float().cpu(), U.float(), maps
+
+
+def find(blip, q, sentence, v, paths, args):
+    """Photos with v [N, E] -> rows of the best --top, their scores, matching probabilities or None.
+
+    The first --rerank photos are read against the sentence and ordered anew.
+    """
+    best, k = benchmarks.top_k(q, v, max(args.top, args.rerank or 0))[0], args.rerank
+    scores, chances = v[best] @ q[0], torch.full((len(best),), torch.nan)
+    if k:
+        words, mask = sentence
+        chances[:k] = benchmarks.matching_probabilities(
+            blip, list_images([paths[i] for i in best[:k].tolist()]),
+            lambda rows: (words.expand(len(rows), -1, -1), mask.expand(len(rows), -1)),
+            torch.zeros(k, dtype=torch.int64), torch.arange(k), args.precision, args.workers)
+        scores[:k] += args.rerank_weight * chances[:k]
+        order = scores[:k].argsort(descending=True, stable=True)
+        best[:k], scores[:k], chances[:k] = best[order], scores[order], chances[order]
+    best, scores, chances = (x[: args.top].tolist() for x in (best, scores, chances))
+    return best, scores, [None if c != c else round(c, 4) for c in chances]  # NaN is not itself
 
 
 def parse_args(argv=None):
@@ -99,9 +79,9 @@ def parse_args(argv=None):
     add("--keep-query", action="store_true", help="do not leave the query image out")
     pocket = str(Path(__file__).resolve().parent / "pocket" / "isa.pt")
     add("--checkpoint", default=pocket, help="isa.pt of train.py")
-    add_shared_options(p)
+    add_shared_options(p, *SHARED, *RERANK)
     args = p.parse_args(argv)
-    check_options(p, args, top=1)
+    check_options(p, args, top=1, rerank=1, rerank_weight=0)
     return args
 
 
@@ -129,18 +109,24 @@ def main(args):
     if unknown := blip.tokenizer.unknown_words(args.text):
         print(f"not in BLIP's vocabulary: {', '.join(unknown)}", file=sys.stderr)
 
-    q, U, maps = compose(blip, model, prompt, image, args.text, args.precision)
+    if args.rerank:
+        benchmarks.check_reranking(blip, args.rerank, {args.gallery: len(paths)})
+    sentence, q, U, maps = compose(blip, model, prompt, image, args.text, args.precision)
     photos, v = index(blip, paths, root, args.precision, args.cache_dir, args.workers)
     print(f"{len(paths)} photos in {args.gallery}, {len(photos)} of them readable", file=sys.stderr)
     kept = [i for i, path in enumerate(photos) if args.keep_query or not os.path.exists(path)
             or not os.path.samefile(path, args.image)]
     if not kept:
         raise ValueError(f"{args.gallery}: no other photo can be read; give another folder")
-    best = [kept[i] for i in benchmarks.top_k(q, v[kept], args.top)[0].tolist()]
-    scores = (v[best] @ q[0]).tolist()
+    if args.rerank:
+        benchmarks.check_reranking(blip, args.rerank, {args.gallery: len(kept)})
+    photos = [photos[i] for i in kept]
+    best, scores, chances = find(blip, q, sentence, v[kept], photos, args)
     found = [os.path.join(args.gallery, os.path.relpath(photos[i], root)) for i in best]
     results = [{"rank": rank, "score": round(score, 4), "path": path}
                for rank, (path, score) in enumerate(zip(found, scores, strict=True), start=1)]
+    if args.rerank:
+        results = [row | {"match": chance} for row, chance in zip(results, chances, strict=True)]
     (words,), _ = nearest_words(blip, U)
     document = {"settings": vars(args), "nearest_words": words, "results": results}
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8

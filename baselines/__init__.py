@@ -10,5 +10,5 @@ All need BLIP's v of the query image, so nothing runs on a phone. Numbers called
 defaults of their code (google-research/composed_image_retrieval, miccunifi/SEARLE).
 """
 
-from .simple import image_only, image_plus_text, text_only
+from .simple import image_only, image_plus_text, product, slerp, text_only, text_words
 from .text_regularization import TextRegularization, read_sentences

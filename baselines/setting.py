@@ -1,6 +1,8 @@
-"""A benchmark and all methods: queries, features, rankings."""
+"""A benchmark and all methods: queries, sentences, features, rankings."""
 
+import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +17,10 @@ from baselines.searle import invert
 from plumbing.features import image_features
 from plumbing.images import list_images, load_images
 from plumbing.precision import autocast
-from pocket import ceilings
+from pocket import ceilings, world
+
+POCKET_DATA = "data/pocket"
+WEIGHTS = str(Path(__file__).with_name("weights.json"))  # chosen on validation: weights.py
 
 SIMPLE = {  # method -> function (blip, v of the references [B, E], B modifiers) -> [B, E]
     "image": baselines.image_only,
@@ -23,8 +28,51 @@ SIMPLE = {  # method -> function (blip, v of the references [B, E], B modifiers)
     "image+text": baselines.image_plus_text,
     "0.5image+text": partial(baselines.image_plus_text, image_weight=0.5),
 }
-MODEL_OPTIONS = {"isa": "checkpoint", "pic2word": "pic2word", "searle": "searle"}  # of evaluate.py
-METHODS = (*SIMPLE, *MODEL_OPTIONS, "searle-oti", *ceilings.METHODS)
+STRONGER = {  # the same with a weight
+    "weighted": lambda *inputs, weight: baselines.image_plus_text(*inputs, image_weight=weight),
+    "slerp": lambda *inputs, weight: baselines.slerp(*inputs, image_share=weight),
+    "product": lambda *inputs, weight: baselines.product(*inputs),  # has none
+}
+MODEL_OPTIONS = {  # of evaluate.py
+    "isa": "checkpoint", "isa+text": "checkpoint", "pic2word": "pic2word", "searle": "searle"}
+METHODS = (*SIMPLE, *STRONGER, *MODEL_OPTIONS, "searle-oti", *ceilings.METHODS)
+NOT_IN_THE_PAPER = ("0.5image+text", *STRONGER, "isa+text")
+
+
+def open_benchmarks(benchmark="all", data=None, split=None, images=True, targets=True):
+    """One benchmark or "all" three -> list of Benchmark, FashionIQ one for each category.
+
+    data: the root of the one, the parent of all; by default the pocket world, drawn if need be.
+    Raises ValueError where `images` or `targets`, if needed, are missing.
+    """
+    if data is None:
+        world.ensure(POCKET_DATA)
+    opened, split = [], split or "test"
+    for name in benchmarks.HEADLINE if benchmark == "all" else (benchmark,):
+        root = data if data and benchmark != "all" else Path(data or POCKET_DATA) / name
+        official = "test1" if (name, split) == ("cirr", "test") else split
+        for category in benchmarks.CATEGORIES if name == "fashioniq" else (None,):
+            opened.append(benchmarks.load(name, root, official, category))
+    for part in opened:
+        if images:
+            benchmarks.require_images(part)
+        if targets and not part.queries[0].targets:
+            raise ValueError(f"{part.name} {part.split} has no ground truth; "
+                             "`evaluate.py submit` writes what its server scores")
+    return opened
+
+
+def read_weights(path=WEIGHTS):
+    """What `python -m baselines.weights` wrote -> {method: weight}. Raises ValueError."""
+    try:
+        chosen = json.loads(Path(path).read_text())["chosen"]
+        return {method: float(chosen[method]) for method in ("weighted", "slerp", "isa+text")}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file; `python -m baselines.weights --out` "
+                         "writes it") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: holds no weights; write it again by `python -m "
+                         "baselines.weights --out`") from None
 
 
 def modifiers(query):
@@ -37,7 +85,10 @@ def modifiers(query):
 
 @torch.no_grad()
 def encode_queries(encode, queries, precision, device, batch_size=256):
-    """encode(rows of queries, int64 [B]; B modifiers) -> [Q, E], unit norm, float32, on the CPU."""
+    """encode(rows of queries, int64 [B]; B modifiers) -> [Q, E], unit norm, float32, on the CPU.
+
+    Two features a query, [B, 2, E], give [Q, 2, E].
+    """
     texts = [(row, text) for row, query in enumerate(queries) for text in modifiers(query)]
     texts.sort(key=lambda pair: len(pair[1]))  # like lengths together: less padding
     features, owner = [], torch.tensor([row for row, _ in texts])
@@ -47,7 +98,7 @@ def encode_queries(encode, queries, precision, device, batch_size=256):
             batch = encode(owner[part], [text for _, text in texts[part]])
         features.append(F.normalize(batch.float(), dim=-1))
     features = torch.cat(features).cpu()
-    q = torch.zeros(len(queries), features.shape[1]).index_add_(0, owner, features)
+    q = torch.zeros(len(queries), *features.shape[1:]).index_add_(0, owner, features)
     return F.normalize(q, dim=-1)
 
 
@@ -66,12 +117,30 @@ def through_query_model(query_model, paths, precision, device, workers):
     return torch.cat(U).float(), None if v[0] is None else torch.cat(v).cpu()
 
 
+def check_methods(blip, k, parts, methods, files, models):
+    """ValueError where --rerank k cannot be done: by these methods, models and galleries.
+
+    files, models: {method: [path]}, {method: [(model, settings)]}.
+    """
+    if not {*methods} - ({*SIMPLE, *STRONGER} - {"text"}):
+        raise ValueError(f"--rerank: {', '.join(methods)} have no sentence to read; add isa, text "
+                         "or another method that has one")
+    for method, runs in models.items():
+        for path, (_, trained) in zip(files[method], runs, strict=True):
+            if trained["gallery"] == "query":
+                raise ValueError(f"--rerank: {path} was trained for its own gallery, which BLIP's "
+                                 "matching head cannot read; give another model")
+    sizes = {p.category or p.name: len(p.gallery) - (p.name == "cirr") for p in parts}
+    benchmarks.check_reranking(blip, k, sizes)
+
+
 class Setting:
     """A benchmark with the frozen BLIP's v [M, E], gallery first."""
 
     def __init__(self, blip, benchmark, precision="fp32", cache_dir="cache", workers=1,
-                 sentences="pocket/sentences.json"):
+                 sentences="pocket/sentences.json", weights=WEIGHTS):
         self.blip, self.benchmark, self.sentences = blip, benchmark, sentences
+        self.weights = read_weights(weights)
         self.precision, self.device, self.workers = precision, blip.temp.device, workers
         gallery, references = benchmark.gallery, [query.reference for query in benchmark.queries]
         self.names = [*gallery, *sorted(set(references) - set(gallery))]
@@ -84,26 +153,42 @@ class Setting:
         self.v = torch.from_numpy(np.asarray(features.v))
         self.gallery = self.v[: len(gallery)]  # [N, E]
 
-    def query_features(self, method, query_model=None, prompt="a photo of"):
-        """[Q, E], unit norm."""
-        blip, used = self.blip, self.references.unique()  # [R], ascending
-        if method in SIMPLE:
-            def encode(rows, texts):
-                return SIMPLE[method](blip, self.v[self.references[rows]].to(self.device), texts)
-        elif method in ceilings.METHODS:
-            encode = ceilings.encoder(blip, self.benchmark, method, prompt)
-        else:
-            if method == "searle-oti":
-                regularize = baselines.TextRegularization(
-                    blip, baselines.read_sentences(self.sentences), precision=self.precision)
-                v = self.v[used].to(self.device)
-                U = invert(blip, v, regularize, precision=self.precision)
-            else:
-                U, _ = self.encode_images(query_model, [self.names[i] for i in used.tolist()])
-            own = torch.searchsorted(used, self.references)  # [Q]: rows of U [R, L, d_w]
+    def speaker(self, method, query_model=None, prompt="a photo of"):
+        """A function (rows of queries, int64 [B]; B modifiers) -> words [B, T, d_w], mask [B, T].
 
-            def encode(rows, texts):
-                return blip.encode_text(*isa.compose_query(blip, U[own[rows]], texts, prompt))
+        They are the method's sentences as BLIP reads them. None for methods that use an image's v.
+        """
+        blip, used = self.blip, self.references.unique()  # [R], ascending
+        if method == "text":
+            return lambda rows, texts: baselines.text_words(blip, texts)
+        if method in (*SIMPLE, *STRONGER):
+            return None
+        if method in ceilings.METHODS:
+            return ceilings.speaker(blip, self.benchmark, method, prompt)
+        if method == "searle-oti":
+            regularize = baselines.TextRegularization(
+                blip, baselines.read_sentences(self.sentences), precision=self.precision)
+            v = self.v[used].to(self.device)
+            U = invert(blip, v, regularize, precision=self.precision)
+        else:
+            U, _ = self.encode_images(query_model, [self.names[i] for i in used.tolist()])
+        own = torch.searchsorted(used, self.references)  # [Q]: rows of U [R, L, d_w]
+        return lambda rows, texts: isa.compose_query(blip, U[own[rows]], texts, prompt)
+
+    def query_features(self, method, query_model=None, prompt="a photo of", speak=None):
+        """[Q, E], unit norm; of "product" [Q, 2, E]. speak: the method's `speaker`, if at hand."""
+        blip, weight = self.blip, self.weights.get(method)
+        speak = speak or self.speaker(method, query_model, prompt)
+
+        def encode(rows, texts):
+            if speak is None:
+                combine = SIMPLE.get(method) or partial(STRONGER[method], weight=weight)
+                return combine(blip, self.v[self.references[rows]].to(self.device), texts)
+            q = blip.encode_text(*speak(rows, texts))
+            if method == "isa+text":
+                q = F.normalize(q + weight * baselines.text_only(blip, None, texts), dim=-1)
+            return q
+
         return encode_queries(encode, self.benchmark.queries, self.precision, self.device)
 
     def rank(self, q, query_model=None, k=50):
@@ -117,6 +202,36 @@ class Setting:
         if self.benchmark.name == "cirr":
             subsets = benchmarks.rank_subsets(self.benchmark, q, gallery)
         return benchmarks.rank(self.benchmark, q, gallery, k), subsets
+
+    def rerank(self, q, best, subsets, speak, k, weight):
+        """What `rank` gave -> the same, re-ranked by sentences of `speaker`."""
+        rankings = [best] if subsets is None else [best, subsets]
+        chances = self.matching(rankings, speak, k)
+        new = [benchmarks.rerank(self.benchmark, names, q, self.gallery, chances, k, weight)
+               for names in rankings]
+        return (*new, None)[:2]
+
+    def matching(self, rankings, speak, k):
+        """Matching probabilities of the first k names of each ranking: {(query id, name): p}.
+
+        With two orders of captions a query has two sentences, whose mean counts.
+        """
+        queries, names = self.benchmark.queries, self.benchmark.gallery
+        texts = [(row, text) for row, query in enumerate(queries) for text in modifiers(query)]
+        owner, numbers = torch.tensor([row for row, _ in texts]), {}
+        for number, (row, _) in enumerate(texts):
+            numbers.setdefault(queries[row].id, []).append(number)
+        pairs = sorted({(query, name) for ranking in rankings
+                        for query, best in ranking.items() for name in best[:k]})
+        read = [(number, self.place[name], i)
+                for i, (query, name) in enumerate(pairs) for number in numbers[query]]
+        sentence, image, pair = torch.tensor(read).T
+        found = benchmarks.matching_probabilities(
+            self.blip, list_images([self.benchmark.paths[name] for name in names]),
+            lambda rows: speak(owner[rows], [texts[i][1] for i in rows.tolist()]),
+            sentence, image, self.precision, self.workers)
+        total = torch.zeros(len(pairs)).index_add_(0, pair, found)
+        return dict(zip(pairs, (total / pair.bincount()).tolist(), strict=True))
 
     def encode_images(self, query_model, names):
         paths = [self.benchmark.paths[name] for name in names]

@@ -83,6 +83,14 @@ def _similarity(query, rows, i, j):
                       for i, j in pairs]).float().nan_to_num()
 
 
+def score_pairs(query_features, gallery, i, j):
+    """Similarity of query i to image j, int64 [P] each; of two features a query their product."""
+    if query_features.dim() == 2:
+        return _similarity(query_features, gallery, i, j)
+    first, second = (1 + _similarity(q, gallery, i, j).double() for q in query_features.unbind(1))
+    return (first * second).float()
+
+
 def _largest(features):
     """max |value| as a float; raises ValueError for NaN and infinity."""
     low, high = features.float().aminmax() if features.numel() else torch.zeros(2)
@@ -110,11 +118,39 @@ def _open_gallery(gallery):
     return head.shape, lambda start, stop: torch.from_numpy(open_map()[start:stop])
 
 
+@torch.no_grad()
+def top_k_of_product(query_features, gallery, k, exclude, chunk=4096):
+    """top_k where the score is (1 + q1 g)(1 + q2 g): query features [Q, 2, E], gallery a tensor.
+
+    Everything is scored in float64 and rounded to float32; equal images tie, but for a few in 10^8.
+    """
+    exclude, places = torch.tensor(exclude), []
+    _largest(query_features), _largest(gallery)
+    k = min(k, len(gallery) - bool((exclude >= 0).any()))
+    for i in range(0, len(query_features), 256):
+        first, second = query_features[i : i + 256].cpu().double().unbind(1)  # [256, E] each
+        best, place = torch.empty(len(first), 0), torch.empty(len(first), 0, dtype=torch.int64)
+        for start in range(0, len(gallery), chunk):
+            rows = gallery[start : start + chunk].cpu().double()
+            scores = ((1 + first @ rows.T) * (1 + second @ rows.T)).float()  # [256, R]
+            numbers = torch.arange(start, start + len(rows)).expand(len(first), -1)
+            scores[numbers == exclude[i : i + 256, None]] = -torch.inf
+            best, place = torch.cat([best, scores], 1), torch.cat([place, numbers], 1)
+            best, order = best.sort(descending=True, stable=True)
+            best, place = best[:, :k], place.gather(1, order[:, :k])
+        places.append(place)
+    return torch.cat(places)
+
+
 def rank(benchmark, query_features, gallery_features, k=50, chunk=4096):
-    """Features [Q, E], [N, E] -> rankings of k names; CIRR's leave out the reference image."""
+    """Features [Q, E], [N, E] -> rankings of k names; CIRR's leave out the reference image.
+
+    With two features a query, [Q, 2, E], their product ranks, as in `top_k_of_product`.
+    """
     place = _places(benchmark, query_features, gallery_features)
     exclude = [place[q.reference] if benchmark.name == "cirr" else -1 for q in benchmark.queries]
-    best = top_k(query_features, gallery_features, k, exclude, chunk).tolist()
+    find = top_k if query_features.dim() == 2 else top_k_of_product
+    best = find(query_features, gallery_features, k, exclude, chunk).tolist()
     return {query.id: [benchmark.gallery[i] for i in row]
             for query, row in zip(benchmark.queries, best, strict=True)}
 
@@ -126,7 +162,7 @@ def rank_subsets(benchmark, query_features, gallery_features):
     pairs = [(i, row) for i, query in enumerate(benchmark.queries)
              for row in sorted(place[name] for name in query.subset)]
     _largest(query_features), _largest(gallery_features)
-    values = _similarity(query_features.cpu(), gallery_features.cpu(), *torch.tensor(pairs).T)
+    values = score_pairs(query_features.cpu(), gallery_features.cpu(), *torch.tensor(pairs).T)
     rankings = [[] for _ in benchmark.queries]
     for p in values.sort(descending=True, stable=True).indices.tolist():
         i, row = pairs[p]
@@ -137,7 +173,7 @@ def rank_subsets(benchmark, query_features, gallery_features):
 def _places(benchmark, query_features, gallery_features):
     """dict name -> row of the gallery, once the features are known to fit the benchmark."""
     (q, *e), (n, *d) = query_features.shape, gallery_features.shape
-    if (q, n) != (len(benchmark.queries), len(benchmark.gallery)) or e != d:
+    if (q, n) != (len(benchmark.queries), len(benchmark.gallery)) or e not in (d, [2, *d]):
         raise ValueError(f"features of {q} queries and {n} images, of sizes {e} and {d}, do not "
                          f"fit {benchmark.name} {benchmark.split}")
     return {name: i for i, name in enumerate(benchmark.gallery)}

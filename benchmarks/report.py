@@ -13,8 +13,11 @@ def summarize(results):
             for metric, values in columns.items()}
 
 
-def print_table(name, rows, split, several):
-    """Print {method: {"all" or kind: {metric: [mean, sd]}}}; several: methods of several seeds."""
+def print_table(name, rows, split, several, starred=()):
+    """Print {method: {"all" or kind: {metric: [mean, sd]}}}; several: methods of several seeds.
+
+    starred: methods that are not in the paper, nor is any that is re-ranked.
+    """
     parts, head = next(iter(rows.values())), HEADLINE[name]
     columns = {m: ("all", m) for m in parts["all"]
                if m[:2] != "Rs" and not (name == "circo" and m[0] == "R")}  # title -> part, metric
@@ -27,5 +30,11 @@ def print_table(name, rows, split, several):
         method: [f"{mean:.2f} ± {sd:.2f}" if method in several else f"{mean:.2f}"
                  for mean, sd in (parts[part][metric] for part, metric in columns.values())]
         for method, parts in rows.items()}
+    stars = {m for m in rows if m in starred or m.endswith(" re-ranked")}
+    width = max(18, *(len(label) + 3 for label in lines))
     for label, cells in lines.items():
-        print(f"{label:18s}" + "".join(f"{c:>{w}s}" for c, w in zip(cells, widths, strict=True)))
+        label = f"{label} *" if label in stars else label
+        print(f"{label:{width}s}"
+              + "".join(f"{c:>{w}s}" for c, w in zip(cells, widths, strict=True)))
+    if stars:
+        print("* not in the paper")

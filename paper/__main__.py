@@ -4,6 +4,7 @@
     python -m paper commands 5      # prints what is missing, a line per run, to run side by side
     python -m paper all             # everything, into paper/RESULTS.md (--as-is: trains nothing)
     python -m paper 1 17 fig5       # costs at the paper's sizes; paper/figures/fig5.png
+    python -m paper beyond          # what the paper does not ask, into paper/BEYOND.md
 
 Our images, BLIP and query network are the pocket world's: compare the order of rows, not the two
 numbers in a cell. Runs are kept in runs/tables/NAME-SEED; stopped ones resume.
@@ -18,11 +19,14 @@ from pathlib import Path
 import blip_lite
 import query_side
 import train
-from paper import costs, figures, lar, numbers, runs, tables
+from paper import beyond, costs, figures, lar, numbers, runs, stress, tables
 from plumbing.command import run_command
 from plumbing.files import check_output, replacing
 from plumbing.options import add_shared_options, check_options
 
+BEYOND = {"stronger": beyond.stronger_table, "rerank": beyond.rerank_table,
+          "cost": beyond.rerank_cost, "growth": stress.growth_table,
+          "robustness": stress.robustness_table}
 ALL = (*map(str, range(1, 21)), "fig3", "lar", *figures.FIGURES)
 
 
@@ -34,6 +38,7 @@ def needed(names, seeds, imagenet=False):
         rows = numbers.ROWS.get(entry.rows if entry else name, {})
         wanted = [(row["ours"], seeds) for row in rows.values()]
         wanted += [(run, seeds[:1]) for run in figures.FIGURES.get(name, [()])[0]]
+        wanted += [(beyond.RUN, seeds)] if name in BEYOND else []
         for ours, some in wanted:
             keys = [(runs.FOLDERS[ours], None)] if ours in runs.FOLDERS else []
             if ours in numbers.RUNS and (imagenet or ours not in runs.WITH_WEIGHTS):
@@ -50,6 +55,8 @@ def section(name, args):
     title = tables.title_of(name)
     if name in ("1", "17"):
         lines = costs.cost_table() if name == "1" else costs.latency_table(args.threads)
+    elif name in BEYOND:
+        lines = measured(name, args)
     elif name in figures.FIGURES:
         try:
             path = figures.draw_figure(name, args.seeds[0], args.threads)
@@ -64,8 +71,32 @@ def section(name, args):
     return [*lines, "", f"`python -m paper {name}`", ""]
 
 
+def measured(name, args):
+    """A table of BEYOND, kept in runs/tables/beyond: `beyond` and --as-is measure what is missing
+    or older than a checkpoint, the table's own command always -> lines of markdown."""
+    file = runs.HOME / "beyond" / f"{name}.md"
+    models = [runs.folder(beyond.RUN, seed) / "isa.pt" for seed in args.seeds]
+    times = [path.stat().st_mtime for path in models if path.exists()]
+    kept = file.exists() and file.stat().st_mtime > max(times, default=0)
+    if kept and (args.beyond or args.as_is):
+        return file.read_text().splitlines()
+    try:
+        more = {"images": args.images} if name == "growth" else {}
+        lines = BEYOND[name](args.seeds, args.threads, **more)
+    except ValueError as error:
+        return [f"**{name}** is not measured: {error}."]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as out:
+        out.write("\n".join(lines).encode())
+    return lines
+
+
 def preamble(args):
-    """The head of RESULTS.md: the recipe of every row, seeds, machine and time."""
+    """The head of RESULTS.md: the recipe of every row, seeds, machine and time; or BEYOND.md's."""
+    if not args.all:
+        text = numbers.NOTES["BEYOND.md"].format(
+            seeds=", ".join(map(str, args.seeds)), machine=costs.machine(args.threads))
+        return ["# Beyond the paper", "", text, ""]
     recipe = vars(train.parse_args(runs.training("isa", 0)[1:]))
     paths = runs.HOME.glob("isa-*/isa.pt")
     images = sorted({query_side.read_checkpoint(path)["images"] for path in paths})
@@ -83,24 +114,31 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(prog="python -m paper", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = add_shared_options(p, "--threads")
-    add("names", nargs="+", metavar="NAME", choices=(*ALL, "all", "commands"),
-        help=f"{', '.join(ALL)} or all; with `commands`: print, do not run")
+    add("names", nargs="+", metavar="NAME",
+        choices=(*ALL, "all", *BEYOND, "beyond", "commands"),
+        help=f"{', '.join(ALL)} or all; {', '.join(BEYOND)} or beyond; "
+        "with `commands`: print, do not run")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2],
         help="of every trained row; one is enough for a quick look")
     add("--as-is", action="store_true", help="run nothing: print what is there")
     add("--imagenet", action="store_true",
         help="also rows that start from ImageNet weights (downloads, weights/)")
-    add("--out", help="also write to this file (default of all: paper/RESULTS.md)")
+    add("--images", type=int, default=1_000_000, metavar="N", help="in the largest gallery of "
+        "growth; each takes 0.7 ms of one core")
+    add("--out", help="also write to this file (default of all: paper/RESULTS.md, of beyond: "
+        "paper/BEYOND.md)")
     args = p.parse_args(argv)
-    check_options(p, args)
+    check_options(p, args, images=stress.SIZES[0])
     args.commands, args.all = "commands" in args.names, "all" in args.names
-    names = ALL if args.all else dict.fromkeys(args.names)
+    args.beyond = "beyond" in args.names and not args.all
+    names = ALL if args.all else BEYOND if args.beyond else dict.fromkeys(args.names)
     args.names = [name for name in names if name != "commands"]
     if not args.names:
         p.error("commands of which tables? name some, or all")
     if not all(0 <= seed < 2**32 for seed in args.seeds) or len({*args.seeds}) < len(args.seeds):
         p.error("--seeds have to be different numbers, at least 0 and below 2**32")
-    args.out = args.out or ("paper/RESULTS.md" if args.all else None)
+    args.out = args.out or ("paper/RESULTS.md" if args.all else
+                            "paper/BEYOND.md" if args.beyond else None)
     return args
 
 
@@ -118,7 +156,7 @@ def main(args):
                 print(" && ".join(map(runs.shown, commands)))
         return
     failures = [] if args.as_is else runs.run_missing(wanted, args.threads, fingerprint)
-    lines = preamble(args) if args.all else []
+    lines = preamble(args) if args.all or args.beyond else []
     for name in args.names:
         made = section(name, args)
         print("\n".join(made), flush=True)

@@ -20,6 +20,12 @@ SHARED = {
                       "decode images for the main one; default: a quarter of the cores, up to 8"),
     "--threads": dict(type=int, default=0, help="CPU threads, 0 = all; 1 where runs share a CPU"),
 }
+RERANK = {  # of evaluate.py and search.py
+    "--rerank": dict(type=int, metavar="K", help="let BLIP's matching head read the sentence "
+                     "against the K best images and order these anew (not in the paper)"),
+    "--rerank-weight": dict(type=float, default=0.05, metavar="W", help="score = similarity + W x "
+                            "matching probability"),
+}
 LEAST = {"seed": 0, "threads": 0, "workers": 0}
 # PyTorch overflows or crashes above these, and RandAugment has no such strength
 MOST = {"seed": 2**32 - 1, "threads": 1024, "workers": 256, "randaugment": 30}
@@ -28,7 +34,7 @@ MOST = {"seed": 2**32 - 1, "threads": 1024, "workers": 256, "randaugment": 30}
 def add_shared_options(parser, *names):
     """Add these options, by default all of SHARED, to a parser or a group -> its add_argument."""
     for name in names or SHARED:
-        parser.add_argument(name, **SHARED[name])
+        parser.add_argument(name, **(SHARED | RERANK)[name])
     return parser.add_argument
 
 

@@ -18,13 +18,13 @@ def read_captions(benchmark):
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def encoder(blip, benchmark, method, prompt="a photo of"):
-    """A function (rows of queries, int64 [B]; B modifiers) -> [B, E] of unit norm."""
+def speaker(blip, benchmark, method, prompt="a photo of"):
+    """A function (rows of queries, int64 [B]; B modifiers) -> words [B, T, d_w], mask [B, T]."""
     captions = read_captions(benchmark)
     if captions is None:
         raise ValueError(f'{benchmark.name}: has no captions.json, which "{method}" needs')
 
-    def encode(rows, modifiers):
+    def speak(rows, modifiers):
         queries = [benchmark.queries[i] for i in rows.tolist()]
         if method == "target caption":
             texts = [captions[query.targets[0]] for query in queries]
@@ -32,6 +32,6 @@ def encoder(blip, benchmark, method, prompt="a photo of"):
             texts = [f"{captions[query.reference]} {isa.continuation(modifier)}"
                      for query, modifier in zip(queries, modifiers, strict=True)]
         ids, mask = blip.tokenize([f"{prompt} {text}" for text in texts])
-        return blip.encode_text(blip.embed_words(ids), mask)
+        return blip.embed_words(ids), mask
 
-    return encode
+    return speak

@@ -399,7 +399,14 @@ CASES = [
         ("--json out", "out|is a folder", {"out/": 0}),
         ("--json x/t.json", "x|is a file", {"x": "text"}),
         ("--picture x.jpeg2", "x.jpeg2|.png"),
-        ("--methods searle-oti --sentences none.json", "none.json|cannot be read|path")),
+        ("--methods searle-oti --sentences none.json", "none.json|cannot be read|path"),
+        ("--weights none.json", "none.json: there is no such file|baselines.weights"),
+        ("--weights w.json", "w.json|write it again", {"w.json": '{"chosen": {"slerp": 1}}'}),
+        ("--rerank 48", "--rerank 48: cirr has 47 images to rank|at most"),
+        ("--rerank 9 --methods image slerp", "--rerank: image, slerp have no sentence|add isa")),
+    *usage(CIRR, ("--rerank 0", "--rerank|at least 1"), ("--rerank many", "--rerank|many"),
+           ("--rerank 5 --rerank-weight -1", "--rerank-weight|at least 0"),
+           ("--rerank 5 --rerank-weight nan", "--rerank-weight|finite")),
     *cases(
         f"{SUBMIT} --out", ("x/s.json --split test1", "x|is a file", {"x": "text"}),
         ("s.json --split tset", "split.rc2.tset.json is missing|split.rc2.test1.json")),
@@ -427,8 +434,10 @@ CASES = [
         SEARCH, ("--gallery none --image {photo}", "none|no such folder|--gallery"),
         ("--gallery {images} --image x.png", "x.png|cannot be read as an image", {"x.png": "text"}),
         ("--gallery {images} --image {photo} --out x/s.png", "x|is a file", {"x": "text"}),
-        ("--gallery {images} --image {photo} --out s.txt", "s.txt|.png")),
-    *usage(f"{SEARCH} --gallery x --image x", ("--top 0", "--top|at least 1")),
+        ("--gallery {images} --image {photo} --out s.txt", "s.txt|.png"),
+        ("--gallery {images} --image {photo} --rerank 13", "--rerank 13|has 12 images|at most")),
+    *usage(f"{SEARCH} --gallery x --image x", ("--top 0", "--top|at least 1"),
+           ("--rerank 0", "--rerank|at least 1")),
 
     # ---- baselines.searle
     *cases(
@@ -467,7 +476,7 @@ CASES = [
            ("--base-url http://127.0.0.1:9 --to x", "x|is a file", {"x": "text"})),
     *usage(DOWNLOAD, ("model_huge.pth", "model_huge.pth|model_base.pth")),
     *usage(PAPER, ("21", "21|choose from"), real=True),
-    *usage(PAPER, ("", "NAME")),
+    *usage(PAPER, ("", "NAME"), ("growth --images 9", "--images|at least 10000")),
     *cases(
         f"{PAPER} 5 --seeds 0", ("--out x/t.md", "x: is a file", {"x": "text"}),
         ("", "runs/tables/isa-0/isa.pt|damaged|train", {"runs/tables/isa-0/isa.pt": "text"}),

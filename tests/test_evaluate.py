@@ -1,6 +1,7 @@
 """evaluate.py: its numbers against ones computed here from pixels and words, one at a time."""
 
 import json
+import math
 import re
 import shutil
 import statistics
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from conftest import ROOT, run_script
 from PIL import Image
 
+import baselines
 import benchmarks
 import blip_lite
 import evaluate
@@ -24,6 +26,7 @@ from baselines import setting as setting_module
 from benchmarks import Query
 from evaluate import Setting
 from plumbing.options import check_lengths
+from pocket import ceilings
 
 PLAIN = ["--precision", "fp32", "--workers", 0]
 
@@ -80,6 +83,27 @@ def test_baselines_are_their_formulas(pocket_blip):
     assert list(wanted) == list(evaluate.SIMPLE)
     for method, q in wanted.items():
         torch.testing.assert_close(evaluate.SIMPLE[method](pocket_blip, v, words), q)
+
+
+def test_stronger_baselines_are_their_formulas(pocket_blip):
+    """Row by row, with numpy: the sum, the arc from t to v, and both features for the product."""
+    torch.manual_seed(0)
+    v = F.normalize(torch.randn(3, 64), dim=-1)
+    words = ["is red", "has a big dog instead of the cat", "is at night"]
+    for row, text in enumerate(words):
+        image, t = v[row].numpy(), text_feature(pocket_blip, text).numpy()
+        angle = math.acos(image @ t)
+        arc = (math.sin(0.3 * angle) * image + math.sin(0.7 * angle) * t) / math.sin(angle)
+        total = 0.3 * image + t
+        wanted = {"weighted": total / math.sqrt(total @ total), "slerp": arc,
+                  "product": np.stack([image, t])}
+        assert wanted.keys() == setting_module.STRONGER.keys()
+        for method, q in wanted.items():
+            found = setting_module.STRONGER[method](pocket_blip, v, words, weight=0.3)[row]
+            np.testing.assert_allclose(found.numpy(), q, atol=1e-5)
+            assert method == "product" or abs(found.norm() - 1) < 1e-5
+    t = text_feature(pocket_blip, words[0])[None]
+    assert torch.allclose(baselines.slerp(pocket_blip, t, words[:1]), t, atol=1e-4)  # no arc
 
 
 def test_both_orders_of_two_captions_count_the_same():
@@ -141,6 +165,55 @@ def test_inversion_of_the_references_is_a_method(setting, monkeypatch, pocket_bl
         with torch.no_grad():
             words = isa.compose_query(pocket_blip, U, queries[row].captions)
             torch.testing.assert_close(q[row], pocket_blip.encode_text(*words)[0])
+
+
+def test_isa_and_a_share_of_the_text(setting, trained, pocket_blip):
+    dress = setting("fashioniq", "val", "dress")
+    model, _ = query_side.load_query_model(trained.isa, pocket_blip)
+    dress.weights["isa+text"] = 0.7
+    found, query = dress.query_features("isa+text", model), dress.benchmark.queries[4]
+    path, (a, b) = dress.benchmark.paths[query.reference], query.captions
+    with torch.no_grad():
+        both = [unit(isa_feature(pocket_blip, model, path, text)
+                     + 0.7 * text_feature(pocket_blip, text))
+                for text in (f"{a} and {b}", f"{b} and {a}")]
+    torch.testing.assert_close(found[4], unit(sum(both)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["isa", "text", "reference caption"])
+def test_fashioniq_is_reranked_by_the_mean_of_both_orders(setting, trained, pocket_blip, method):
+    dress = setting("fashioniq", "val", "dress")
+    benchmark, (model, _) = dress.benchmark, query_side.load_query_model(trained.isa, pocket_blip)
+    captions, blip, k, weight = ceilings.read_captions(benchmark), pocket_blip, 4, 0.5
+    speak = dress.speaker(method, model)
+    q = dress.query_features(method, speak=speak)
+    best, _ = dress.rank(q)
+    again, nothing = dress.rerank(q, best, None, speak, k, weight)
+    assert nothing is None and again != best
+
+    def sentence(query, text):
+        if method == "isa":
+            pixels = query_side.preprocess(model.encoder,
+                                           Image.open(benchmark.paths[query.reference]))
+            return isa.compose_query(blip, model(pixels[None]), [text])
+        if method != "text":
+            text = f"a photo of {captions[query.reference]} that {text}"
+        ids, mask = blip.tokenize([text])
+        return blip.embed_words(ids), mask
+
+    for row, query in list(enumerate(benchmark.queries))[:6]:
+        (a, b), scores = query.captions, {}
+        for name in best[query.id][:k]:
+            pixels = blip.preprocess(Image.open(benchmark.paths[name]))[None]
+            with torch.no_grad():
+                v, F_v = blip.encode_image(pixels)
+                chance = [blip.match(*sentence(query, text), F_v)[0].softmax(0)[1]
+                          for text in (f"{a} and {b}", f"{b} and {a}")]
+            scores[name] = float(q[row] @ v[0] + weight * sum(chance) / 2)
+        first = again[query.id][:k]
+        assert sorted(first) == sorted(scores) and again[query.id][k:] == best[query.id][k:]
+        assert [scores[x] for x in first] == pytest.approx(
+            sorted(scores.values(), reverse=True), abs=1e-5)
 
 
 @pytest.fixture
@@ -319,6 +392,33 @@ def run(call_script, table, trained, tmp_path):
         return done, json.loads(written.read_text())["results"] if written.exists() else None
 
     return run
+
+
+def test_reranked_rows_stand_beside_the_others(table, run, small_world, tmp_path, variant):
+    """Only rows with sentences; a file for the server has the re-ranked lists."""
+    one = ["--benchmark", "cirr", "--data", small_world / "cirr", "--rerank", 7]
+    done, results = run("table", *one, "--rerank-weight", 0.5, "--methods", "text", "image+text",
+                        "slerp", "isa")
+    methods = ["text", "text re-ranked", "image+text", "slerp", "isa", "isa re-ranked"]
+    assert list(results["cirr"]) == methods
+    assert re.findall(r"^(.+?) \*  ", done.out, re.M) == ["text re-ranked", "slerp",
+                                                          "isa re-ranked"]
+    assert "* not in the paper" in done.out
+    ranked = {}
+    for extra in ([], ["--rerank", 7, "--rerank-weight", 0.5]):
+        done, _ = run("submit", "--benchmark", "cirr", "--data", small_world / "cirr", "--split",
+                      "test1", "--out", "s.json", *extra)
+        document = json.loads((tmp_path / "s.json").read_text())
+        names = json.loads((tmp_path / "s_subset.json").read_text())
+        ranked[bool(extra)] = {i: (document[i], names[i]) for i in document if i.isdigit()}
+    moved = [i for i in ranked[0] if ranked[0][i][0] != ranked[1][i][0]]
+    assert moved and any(ranked[0][i][1] != ranked[1][i][1] for i in moved)
+    for i in ranked[0]:
+        a, b = ranked[0][i][0], ranked[1][i][0]
+        assert sorted(a[:7]) == sorted(b[:7]) and a[7:] == b[7:]
+    path, _ = variant("both", gallery="query")
+    done, _ = run("table", *one, "--methods", "isa", checkpoint=path)
+    assert done.status == 1 and "both.pt was trained for its own gallery" in done.message
 
 
 def test_gallery_is_encoded_once(table, run, small_world):

@@ -20,6 +20,7 @@ import blip_lite
 import isa
 import query_side
 import search
+from plumbing import photos as photos_module
 from plumbing import precision
 from plumbing.images import walk
 from plumbing.pictures import ACROSS, MARGIN, PHOTO, SIDE
@@ -112,6 +113,33 @@ def test_ranking_is_that_of_single_features(find, photos, image, pocket_blip, te
     assert [row["path"] for row in rows] == [path for path, _ in wanted]
     assert [row["rank"] for row in rows] == list(range(1, 30))
     assert np.allclose([row["score"] for row in rows], [score for _, score in wanted], atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_first_k_are_reranked(find, photos, image, pocket_blip):
+    """By similarity and matching probability, photo by photo; the others stay where they are."""
+    text, (k, weight) = "", (20, 1000.0)  # all but two chances are below 0.001
+    rows = find(photos, "--rerank", k, "--rerank-weight", weight, text=text)
+    plain = plain_ranking(pocket_blip, photos, image, text)
+    model, _ = query_side.load_query_model(ROOT / "pocket" / "isa.pt", pocket_blip)
+    U = model(query_side.preprocess(model.encoder, Image.open(image))[None])
+    scores, chances = dict(plain), {}
+    for path, _ in plain[:k]:
+        _, F_v = pocket_blip.encode_image(pocket_blip.preprocess(Image.open(path))[None])
+        logits = pocket_blip.match(*isa.compose_query(pocket_blip, U, [text]), F_v)
+        chances[path] = float(logits[0].softmax(0)[1])
+        scores[path] += weight * chances[path]
+    found, first = [row["path"] for row in rows], [path for path, _ in plain[:k]]
+    assert sorted(found[:k]) == sorted(first) and found[:k] != first
+    assert found[k:] == [path for path, _ in plain[k:]]
+    best = sorted((scores[path] for path in first), reverse=True)
+    assert [scores[path] for path in found[:k]] == pytest.approx(best, abs=0.01)
+    for row in rows:
+        assert row["score"] == pytest.approx(scores[row["path"]], abs=0.01)
+        chance = chances.get(row["path"])
+        assert row["match"] == (None if chance is None else pytest.approx(chance, abs=1e-4))
+    few = find(photos, "--rerank", k, "--rerank-weight", weight, "--top", 3, text=text)
+    assert few == rows[:3]
 
 
 def test_list_and_file_say_the_same(run, photos, tmp_path, monkeypatch):
@@ -269,9 +297,9 @@ def test_listing_and_loading_do_not_take_long(pocket_blip, tmp_path, monkeypatch
     """20,000 photos that are known: no photo is opened, and a second of the processor is enough."""
     paths = [str(tmp_path / f"{i}.png") for i in range(20_000)]
     ones = ((range(a, a + 1000), np.ones((1000, 64))) for a in range(0, 20_000, 1000))
-    monkeypatch.setattr(search, "encode", lambda *_: ones)
+    monkeypatch.setattr(photos_module, "encode", lambda *_: ones)
     search.index(pocket_blip, paths, tmp_path, "fp32", tmp_path / "cache")
-    monkeypatch.setattr(search, "encode", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(photos_module, "encode", lambda *_: pytest.fail("encoded again"))
     start = time.process_time()
     found, v = search.index(pocket_blip, paths, tmp_path, "fp32", tmp_path / "cache")
     assert time.process_time() - start < 5  # 0.3 s

@@ -12,8 +12,11 @@ import torch
 from torch.nn.functional import normalize
 
 import baselines
+import benchmarks
+import blip_lite
 import isa
 import query_side
+from baselines import setting, weights
 from baselines.searle import (
     INVERTED_TOGETHER,
     distill,
@@ -376,3 +379,30 @@ def test_damaged_images_are_left_out_or_refused(searle, images, tmp_path):
         assert done.status == status and "skipped:" in done.err and "x.png" in done.err
         counts = f"1 of {sound + 1} images in {folder} are damaged"  # of ten: more than 1 %
         assert status == 0 or counts in done.message
+
+
+# ---- weights
+def test_weights_are_the_best_by_the_mean(small_world, tmp_path, monkeypatch, capsys):
+    """What was tried is what the formulas give; the best mean of the two benchmarks wins."""
+    monkeypatch.setattr(weights, "GRID", {"weighted": (0.1, 1), "slerp": (0.3,), "isa+text": (0,)})
+    where = ["--data", str(small_world), "--cache-dir", str(tmp_path / "cache"), "--workers", "0",
+             "--precision", "fp32", "--out", str(tmp_path / "w.json")]
+    weights.main(weights.parse_args(where))
+    written = json.loads((tmp_path / "w.json").read_text())
+    tried, chosen = written["tried"]["weighted"], written["chosen"]
+    mean = {weight: sum(row.values()) / 3 for weight, row in tried.items()}
+    assert str(chosen["weighted"]) == max(mean, key=mean.get) and len(set(mean.values())) == 2
+    assert f"weighted {chosen['weighted']}: " in capsys.readouterr().out
+    assert setting.read_weights(tmp_path / "w.json") == chosen
+    (part,) = setting.open_benchmarks("circo", small_world / "circo", "val")
+    whole = setting.Setting(blip_lite.load("pocket"), part, cache_dir=tmp_path / "cache")
+    sums, _ = whole.rank(whole.query_features("image+text"))
+    assert tried["1"]["circo"] == benchmarks.score(part, sums)["mAP@5"]
+
+
+def test_the_weights_in_use_are_those_that_were_tried():
+    written = json.loads(Path(setting.WEIGHTS).read_text())
+    assert written["split"] == "val" and written["tried"].keys() == weights.GRID.keys()
+    for method, rows in written["tried"].items():
+        best = max(rows, key=lambda weight: sum(rows[weight].values()))
+        assert setting.read_weights()[method] == float(best)

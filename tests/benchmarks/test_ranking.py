@@ -161,6 +161,26 @@ def test_rank(tmp_path, name):
                 rank(benchmark, *bad)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 4096])
+def test_products_of_two_similarities(tmp_path, chunk):
+    """Against a loop; gallery images 2 and 5 are the same, and the reference is left out."""
+    benchmark = benchmarks.load("cirr", cirr_tree(tmp_path))
+    random = torch.Generator().manual_seed(0)
+    q, gallery = torch.randn(2, 2, 6, generator=random), torch.randn(8, 6, generator=random) / 4
+    gallery[5] = gallery[2]
+    for metric, found in (("all", benchmarks.rank(benchmark, q, gallery, 9, chunk)),
+                          ("subset", benchmarks.rank_subsets(benchmark, q, gallery))):
+        for i, query in enumerate(benchmark.queries):
+            names = query.subset if metric == "subset" else benchmark.gallery
+            score = {name: math.prod(1 + math.fsum((a * gallery[benchmark.gallery.index(name)])
+                                                   .double().tolist()) for a in q[i])
+                     for name in benchmark.gallery if name in names and name != query.reference}
+            score = {name: np.float32(value) for name, value in score.items()}
+            assert found[query.id] == sorted(score, key=lambda name: -score[name])
+    with refused(ValueError, "NaN"):
+        benchmarks.rank(benchmark, q * math.nan, gallery)
+
+
 def test_rank_subsets(tmp_path):
     benchmark = benchmarks.load("cirr", cirr_tree(tmp_path))
     for query in benchmark.queries:
