@@ -42,6 +42,8 @@ from plumbing.precision import open_blip
 from pocket import ceilings
 from pocket.specs import EDIT_KINDS
 
+POCKET_RUN = "runs/pocket/isa.pt"
+
 
 def all_rankings(settings, methods, targets=True):
     """Yields (Setting, method, number of its checkpoint, rankings, rankings of CIRR's subsets).
@@ -197,11 +199,11 @@ def parse_args(argv=None):
 
     p = parsers["table"]
     p.add_argument("--split", help="default: test, which has targets in the pocket world only")
-    p.add_argument("--checkpoint", nargs="+", default=["runs/pocket/isa.pt"],
-                   help="several = seeds of one setting")
+    p.add_argument("--checkpoint", nargs="+", help="several = seeds of one setting (default: "
+                   f"{POCKET_RUN}; with --clip none)")
     p.add_argument("--methods", nargs="+", choices=METHODS,
-                   default=[*SIMPLE, "isa", *ceilings.METHODS],
-                   help="isa: any model of train.py; searle-oti takes minutes")
+                   help="isa: any model of train.py; searle-oti takes minutes (default: the sums, "
+                        "isa if there is a --checkpoint, upper bounds)")
     for name in ("pic2word", "searle"):
         p.add_argument(f"--{name}", nargs="+", default=[f"runs/{name}/isa.pt"])
     p.add_argument("--sentences", default="pocket/sentences.json", help="for searle-oti")
@@ -229,6 +231,10 @@ def parse_args(argv=None):
                    help='how many images to decode, drawn at random: a number, or "all"')
     add_shared_options(p, "--cache-dir", "--workers")
     args = parser.parse_args(argv)
+    if args.command == "table":
+        isa_too = ["isa"] if args.checkpoint or not args.clip else []
+        args.methods = args.methods or [*SIMPLE, *isa_too, *ceilings.METHODS]
+        args.checkpoint = args.checkpoint or [POCKET_RUN]
     if args.command == "check":
         given = bool(args.benchmark), bool(args.data), bool(args.images)
         if given not in ((True, True, False), (False, False, True)):

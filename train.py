@@ -45,8 +45,8 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=PRESETS, default="pocket", help="where defaults come from")
-    add = add_shared_options(p.add_argument_group("frozen BLIP and data"), "--blip", "--vocab",
-                             "--image-size", "--cache-dir")
+    add = add_shared_options(p.add_argument_group("frozen BLIP and data"), "--blip", "--clip",
+                             "--vocab", "--image-size", "--cache-dir")
     add("--images", help="folder of images and .tar shards, with its sub-folders; pixels only")
     add("--cache", choices=("none", "global", "full"), help="store nothing, v (512 B an image; "
         "enough for --loss gcd), or v and F^v (0.30 MB for ViT-B); BLIP computes the rest")
@@ -94,7 +94,7 @@ def parse_args(argv=None):
     if args.mapper == "mlp" and args.tokens != 1:
         p.error(f"--mapper mlp makes one word: give --tokens 1, not {args.tokens}")
     for name in ("blip", "images"):
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and (name == "images" or not args.clip):
             p.error(f"--preset {args.preset} needs --{name}")
     return args
 

@@ -179,8 +179,8 @@ def searle(args):
 def parse_args(argv=None):
     p = ArgumentParser("python -m baselines.searle", description=__doc__, allow_abbrev=False,
                        formatter_class=RawDescriptionHelpFormatter)
-    add = add_shared_options(p, "--blip", "--vocab", "--image-size", "--cache-dir", "--device",
-                             "--precision", "--threads")
+    add = add_shared_options(p, "--blip", "--clip", "--vocab", "--image-size", "--cache-dir",
+                             "--device", "--precision", "--threads")
     add("--images", default=POCKET_IMAGES, help="folder of images and .tar shards; pixels only")
     add("--count", type=int, default=3000, help="images to invert; SEARLE: 100,000 of ImageNet")
     add("--sentences", default="pocket/sentences.json", help="JSON of {concept: [sentences]}")

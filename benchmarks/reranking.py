@@ -62,7 +62,7 @@ def rerank(benchmark, rankings, query_features, gallery, chances, k, weight=0.05
 
 def check_reranking(blip, k, sizes):
     """ValueError where this model or gallery cannot be re-ranked. sizes: {gallery: images}."""
-    if not hasattr(blip, "match"):
+    if not hasattr(blip, "itm_head"):
         raise ValueError(f"--rerank: {type(blip).__name__} has no matching head, which reads a "
                          "sentence against an image; give a BLIP, or leave --rerank out")
     for name, count in sizes.items():

@@ -124,6 +124,6 @@ class TextEncoder(nn.Module):
         for layer in self.encoder.layer:
             project = layer.attention.self
             q, k = split_heads(project.query(x)), split_heads(project.key(x))  # [B, heads, T, 64]
-            maps.append(attention_weights(q, k, mask))
+            maps.append(attention_weights(q, k, mask[:, None, None, :]))
             x = layer(x, mask)
         return torch.stack(maps, dim=1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .bert import TextEncoder
-from .preprocess import MEAN, STD, to_pixels
+from .preprocess import MEAN, STD, to_pixels, to_square
 from .vit import VisionTransformer
 
 
@@ -22,7 +22,9 @@ class Blip(nn.Module):
         super().__init__()
         s, D, d_w, E = sizes, sizes["image_width"], sizes["word_dim"], sizes["embed_dim"]
         self.image_size, self.word_dim, self.embed_dim = s["image_size"], d_w, E
+        self.max_positions = s["max_positions"]
         # A PIL image of any mode and size -> [3, S, S]. Workers get it without the weights
+        self.square, self.normalization = to_square, (MEAN, STD)
         self.preprocess = partial(to_pixels, image_size=s["image_size"], mean=MEAN, std=STD)
         self.tokenizer = tokenizer
         self.fingerprint = ""  # set by checkpoint.load: which weights, at which image size

@@ -40,6 +40,8 @@ HUGGING_FACE = {  # their names for the visual encoder; the text encoder has Sal
     ".layer_norm1.": ".norm1.",
     ".layer_norm2.": ".norm2.",
 }
+OF_CLIP = re.compile(r"(text_model\.embeddings\.)?token_embedding\.weight|"
+                     r"text_encoder\.word_embeddings\.weight")
 SIZED_BY = {  # the tensors that show the sizes of a BLIP, and their numbers of dimensions
     "visual_encoder.pos_embed": 3,
     "text_encoder.embeddings.word_embeddings.weight": 2,
@@ -61,14 +63,10 @@ def load(source, vocab=None, image_size=None, device="cpu"):
     with the file and a remedy, for weights that are missing, damaged, of another model or want to
     run code, a vocabulary that does not fit them and an image size that does not fit the patches.
     """
-    gpus = torch.cuda.device_count()
-    if torch.device(device).type == "cuda" and (torch.device(device).index or 0) >= gpus:
-        raise ValueError(f'device "{device}" was asked for, but this PyTorch sees {gpus or "no"} '
-                         'CUDA GPU; use device="cpu"')
-    files, folder = _find(source)
-    state = {}
-    for file in files:
-        state |= read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    files, folder = find_files(source, device)
+    state = read_files(files)
+    if clips := [name for name in state if OF_CLIP.fullmatch(name)]:
+        raise ValueError(f"{files[0]} holds a CLIP ({clips[0]}), not a BLIP; give it with --clip")
     state = {_our_name(name): tensor for name, tensor in state.items() if not UNUSED.match(name)}
     state.setdefault("temp", torch.tensor(0.07))  # Hugging Face has none: BLIP's initial value
 
@@ -79,17 +77,21 @@ def load(source, vocab=None, image_size=None, device="cpu"):
         state["visual_encoder.pos_embed"] = pos
         with torch.device("meta"):  # no memory: the file's tensors become the parameters
             blip = Blip(sizes, None)
-        _check_keys(state, blip.state_dict())
+        check_keys(state, blip.state_dict(), "a BLIP for image-text retrieval")
     except ValueError as error:
         raise ValueError(f"{files[0]}: {error}") from None
     check_finite(state, files[0], "download or train it again")
     blip.tokenizer = _find_vocabulary(vocab, folder, files[0], sizes["vocab_size"])
+    return frozen(blip, state, files, device)
 
+
+def frozen(model, state, files, device):
+    """A model on the meta device -> the same with the state dict of `files`, frozen."""
     for name in state:  # one at a time, so that the model is never in memory twice
         state[name] = state[name].to(device, torch.float32, copy=True)
-    blip.load_state_dict(state, assign=True)
-    blip.fingerprint = f"{_sha256(files)[:16]}@{blip.image_size}"
-    return blip.eval().requires_grad_(False)
+    model.load_state_dict(state, assign=True)
+    model.fingerprint = f"{_sha256(files)[:16]}@{model.image_size}"
+    return model.eval().requires_grad_(False)
 
 
 def save(blip, file):
@@ -117,9 +119,24 @@ def infer_sizes(state_dict, image_size=None):
                          "of another kind; use a pre-training, retrieval or ITM checkpoint")
     pos, words, positions, proj = (state_dict[name].shape for name in SIZED_BY)
     patch = 8 if stem else state_dict[patches].shape[-1]
-    side = math.isqrt(max(pos[1] - 1, 0))
-    if side * side + 1 != pos[1] or side == 0 or patch == 0:
-        raise ValueError(f"position embeddings for {pos[1]} tokens are not a square grid and CLS")
+    size = choose_image_size(pos[1], patch, image_size)
+    for what, width in (("image", pos[2]), ("text", words[1])):
+        if width == 0 or width % HEAD_WIDTH:
+            raise ValueError(f"the {what} encoder is {width} wide, not a multiple of {HEAD_WIDTH}, "
+                             "the width of a head")
+
+    return dict(image_size=size, patch_size=patch, stem=stem,  # see vit.PatchEmbed
+                image_width=pos[2], image_depth=count_layers(state_dict, "visual_encoder.blocks."),
+                word_dim=words[1],
+                text_depth=count_layers(state_dict, "text_encoder.encoder.layer."),
+                vocab_size=words[0], max_positions=positions[0], embed_dim=proj[0])
+
+
+def choose_image_size(tokens, patch, image_size=None):
+    """S in pixels, by default that of the position embeddings of 1+N tokens. ValueError."""
+    side = math.isqrt(max(tokens - 1, 0))
+    if side * side + 1 != tokens or side == 0 or patch == 0:
+        raise ValueError(f"position embeddings for {tokens} tokens are not a square grid and CLS")
     size = side * patch if image_size is None else image_size
     if size != int(size) or size < patch or size % patch:
         near = max(1, round(size / patch)) * patch
@@ -127,18 +144,12 @@ def infer_sizes(state_dict, image_size=None):
                          f"{near} is near")
     if size > MOST_PIXELS:
         raise ValueError(f"image size {size} takes too much memory; give at most {MOST_PIXELS}")
-    for what, width in (("image", pos[2]), ("text", words[1])):
-        if width == 0 or width % HEAD_WIDTH:
-            raise ValueError(f"the {what} encoder is {width} wide, not a multiple of {HEAD_WIDTH}, "
-                             "the width of a head")
+    return int(size)
 
-    def depth(prefix):  # how many different numbers follow the prefix
-        return len({k[len(prefix) :].split(".")[0] for k in state_dict if k.startswith(prefix)})
 
-    return dict(image_size=int(size), patch_size=patch, stem=stem,  # see vit.PatchEmbed
-                image_width=pos[2], image_depth=depth("visual_encoder.blocks."),
-                word_dim=words[1], text_depth=depth("text_encoder.encoder.layer."),
-                vocab_size=words[0], max_positions=positions[0], embed_dim=proj[0])
+def count_layers(state_dict, prefix):
+    """How many different numbers follow the prefix."""
+    return len({k[len(prefix) :].split(".")[0] for k in state_dict if k.startswith(prefix)})
 
 
 def check_finite(state, path, remedy):
@@ -152,13 +163,21 @@ def _listed(names, most):
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _find(source):
-    """load's source -> the files of weights, in order, and their folder."""
-    path = POCKET / "blip.pth" if source == "pocket" else Path(source)
+def find_files(source, device="cpu", pocket="blip.pth", names=HUGGING_FACE_FILES):
+    """load's source -> the files of weights, in order, and their folder.
+
+    pocket: what "pocket" is. names: files to look for in a folder. ValueError, also for a device
+    that is not there, before anything is read.
+    """
+    gpus = torch.cuda.device_count()
+    if torch.device(device).type == "cuda" and (torch.device(device).index or 0) >= gpus:
+        raise ValueError(f'device "{device}" was asked for, but this PyTorch sees {gpus or "no"} '
+                         'CUDA GPU; use device="cpu"')
+    path = POCKET / pocket if source == "pocket" else Path(source)
     if path.is_dir():
-        found = [path / name for name in HUGGING_FACE_FILES if (path / name).is_file()]
+        found = [path / name for name in names if (path / name).is_file()]
         if not found:
-            wanted = ", ".join(HUGGING_FACE_FILES)
+            wanted = ", ".join(names)
             raise ValueError(f"the folder {path} holds none of {wanted}; give the path of a file")
         path = found[0]
     if not path.is_file():
@@ -203,7 +222,7 @@ def _our_name(name):
     return name
 
 
-def _check_keys(state, expected):
+def check_keys(state, expected, what):
     """ValueError that lists keys of `state` that are missing, unexpected or of another shape."""
     problems = {
         "missing": [name for name in expected if name not in state],
@@ -214,7 +233,7 @@ def _check_keys(state, expected):
     }
     listed = [f"{len(x)} {what}: {_listed(x, 10)}" for what, x in problems.items() if x]
     if listed:
-        raise ValueError(f"keys do not fit a BLIP for image-text retrieval; {'; '.join(listed)}")
+        raise ValueError(f"keys do not fit {what}; {'; '.join(listed)}")
 
 
 def unwrap(state):
@@ -254,7 +273,16 @@ def _first_bytes(path):
     return head
 
 
-def _read_pickle(path):
+def read_files(files, what="BLIP"):
+    """Files of weights -> one state dict, which may be wrapped (see unwrap). ValueError."""
+    state = {}
+    for file in files:
+        safe = file.suffix == ".safetensors"
+        state |= read_safetensors(file) if safe else _read_pickle(file, what)
+    return state
+
+
+def _read_pickle(path, what):
     """torch.save's file -> dict name -> tensor."""
     zipped = _first_bytes(path)[:4] == b"PK\x03\x04"  # since PyTorch 1.6; only this can be mapped
     try:
@@ -262,15 +290,17 @@ def _read_pickle(path):
     except Exception as error:  # torch.load reports damage in many ways: EOFError, KeyError, ...
         problem, remedy = "is damaged or not a file of PyTorch weights", "download it again"
         code = re.search("unsupported (global|class)|call reduce", str(error), re.IGNORECASE)
-        if isinstance(error, pickle.UnpicklingError) and code:
+        if "TorchScript" in str(error):
+            problem, remedy = "is a TorchScript archive", "a CLIP goes to --clip"
+        elif isinstance(error, pickle.UnpicklingError) and code:
             wanted = re.search(r"GLOBAL (\S+)", str(error))
             wanted = f" ({wanted[1]})" if wanted else ""
             problem = f"is a pickle that wants to run code{wanted}, which is refused"
             remedy = "get a state dict or .safetensors from a source you trust"
         raise ValueError(f"{path} {problem}; {remedy}") from None
     if isinstance(state, dict) and "query_model" in state:
-        raise ValueError(f"{path} is a checkpoint of train.py, for --checkpoint; give BLIP's own "
-                         "weights, as in training")
+        raise ValueError(f"{path} is a checkpoint of train.py, for --checkpoint; give {what}'s "
+                         "own weights, as in training")
     state = unwrap(state)
     wanted = 'no state dict, bare or under "model" or "state_dict"'
     problem = None if state and isinstance(state, dict) else wanted
@@ -278,7 +308,7 @@ def _read_pickle(path):
         odd = [str(k) for k, x in state.items() if type(k) is not str or not torch.is_tensor(x)]
         problem = f"{_listed(odd, 10)}, not tensors" if odd else None
     if problem:
-        raise ValueError(f"{path} holds {problem}; give a BLIP checkpoint")
+        raise ValueError(f"{path} holds {problem}; give a {what} checkpoint")
     return state
 
 

@@ -65,6 +65,6 @@ def normalize(pixels, mean, std):
     return pixels.float().div_(255).sub_(mean).div_(std)
 
 
-def to_pixels(pil, image_size, mean, std):
-    """A PIL image of any mode and size -> float32 [3, S, S], as a network wants it."""
-    return normalize(to_square(pil, image_size), mean, std)
+def to_pixels(pil, image_size, mean, std, square=to_square):
+    """A PIL image of any mode and size -> float32 [3, S, S]: made `square`, then normalized."""
+    return normalize(square(pil, image_size), mean, std)

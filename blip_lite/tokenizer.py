@@ -79,6 +79,10 @@ class Tokenizer:
 
         return [word for word in text.split() if not all(map(known, _basic_words(word)))]
 
+    def words(self):
+        """{word of two letters or more: id}, without pieces and special tokens."""
+        return {word: i for word, i in self.vocab.items() if word.isalpha() and len(word) > 1}
+
     def decode(self, ids):
         """Ids -> a string without [PAD], [CLS], [SEP]; case, accents and spacing are lost."""
         left_out = (self.pad_id, self.cls_id, self.sep_id)

@@ -10,35 +10,35 @@ from torch import nn
 HEAD_WIDTH = 64  # in every published BLIP: base has 12 heads (768 = 12 x 64), large 16
 
 
-def split_heads(x):
-    return x.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)  # [B, T, D] -> [B, heads, T, 64]
+def split_heads(x, width=HEAD_WIDTH):
+    return x.unflatten(-1, (-1, width)).transpose(1, 2)  # [B, T, D] -> [B, heads, T, 64]
 
 
 def attention_weights(q, k, mask=None):
     """q [B, heads, T, 64], k [B, heads, S, 64] -> softmax over the keys, [B, heads, T, S].
 
-    mask: bool [B, S], True = may be attended to.
+    mask: bool, broadcast to that shape, True = may be attended to.
     """
-    scores = q @ k.transpose(-2, -1) * HEAD_WIDTH**-0.5  # [B, heads, T, S]
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # [B, heads, T, S]
     if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)
 
 
-def attention(q, k, v, mask=None, rows=None):
+def attention(q, k, v, mask=None, rows=None, head_width=HEAD_WIDTH):
     """Scaled dot-product attention with several heads.
 
-    q [B, T, D], k and v [M, S, D], mask as above -> [B, T, D].
+    q [B, T, D], k and v [M, S, D] -> [B, T, D]. mask: bool [B, S], or as above.
     rows: int64 [B], whose keys and values each q attends to; by default its own (M = B).
     """
-    q, k, v = split_heads(q), split_heads(k), split_heads(v)
+    q, k, v = (split_heads(x, head_width) for x in (q, k, v))
+    mask = mask[:, None, None, :] if mask is not None and mask.dim() == 2 else mask
     if rows is not None:  # [M, heads, S, 64] -> [B, heads, S, 64], contiguous for what follows
         k, v = (x.contiguous().index_select(0, rows) for x in (k, v))
     grad = torch.is_grad_enabled() and q.requires_grad
     if not q.is_cuda and (grad or q.dtype == torch.bfloat16):
         out = attention_weights(q, k, mask) @ v  # here faster on a CPU than the fused kernel
     else:
-        mask = None if mask is None else mask[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, mask)
     return out.transpose(1, 2).flatten(2)  # [B, heads, T, 64] -> [B, T, D]
 
@@ -111,6 +111,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, width, stem)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, width))
+        self.norm_pre = nn.Identity()  # CLIP has a LayerNorm here
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
@@ -120,7 +121,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"pixels should be [B, 3, {S}, {S}], not {list(pixels.shape)}")
         x = self.patch_embed(pixels)  # [B, N, D]
         cls = self.cls_token.expand(len(x), -1, -1).to(x.dtype)
-        x = torch.cat([cls, x], dim=1) + self.pos_embed  # [B, 1+N, D]
+        x = self.norm_pre(torch.cat([cls, x], dim=1) + self.pos_embed)  # [B, 1+N, D]
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x)

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from json import loads
 from pathlib import Path
 
 from tqdm import tqdm
 
+import clip_lite
 import evaluate
 import query_side
 import train
@@ -24,12 +26,22 @@ ROOT = Path(__file__).resolve().parents[1]
 HOME = Path("runs/tables")
 BUDGET = ["--epochs", "1"]  # of every training, unless its options say more
 ONE_SEED = {"lar-weight-0.3", "lar-weight-3"}  # trends, not rows of the paper
-FOLDERS = {method: run for run, methods in METHODS.items() for method in methods}
+FOLDERS = {f"clip {method}" if run == "clip" else method: run
+           for run, methods in METHODS.items() for method in methods}
 WITH_WEIGHTS = {run for run, options in RUNS.items() if "--pretrained" in options}
 
 
 def folder(run, seed=None):
     return HOME / (run if seed is None else f"{run}-{seed}")
+
+
+def on_clip(run):
+    return run.endswith("clip")  # "clip", "pic2word-clip", "searle-clip"
+
+
+@cache
+def clip_fingerprint():
+    return clip_lite.load("pocket").fingerprint
 
 
 def seeds_of(run, seeds):
@@ -38,7 +50,7 @@ def seeds_of(run, seeds):
 
 def training(run, seed, threads=0):
     """The command that trains a run of RUNS, without the interpreter."""
-    script = ["-m", "baselines.searle"] if run == "searle" else ["train.py", *BUDGET]
+    script = ["-m", "baselines.searle"] if "searle" in run else ["train.py", *BUDGET]
     command = [*script, *RUNS[run], "--seed", str(seed), "--name", f"tables/{run}-{seed}"]
     return command + (["--threads", str(threads)] if threads else [])
 
@@ -49,6 +61,7 @@ def evaluation(run, seed, split):
     command = ["evaluate.py", "table", "--split", split, "--methods", *METHODS.get(run, ["isa"])]
     if run in RUNS:
         command += ["--checkpoint", str(folder(run, seed) / "isa.pt")]
+    command += ["--clip", "pocket"] if on_clip(run) else []
     return [*command, "--json", str(out), "--picture", ""], out
 
 
@@ -58,13 +71,14 @@ def trained(run, seed, fingerprint):
     if not path.exists():
         return "begun"
     checkpoint, command = query_side.read_checkpoint(path), training(run, seed)
-    script, options = (searle, command[2:]) if run == "searle" else (train, command[1:])
+    script, options = (searle, command[2:]) if "searle" in run else (train, command[1:])
+    fingerprint = clip_fingerprint() if on_clip(run) else fingerprint
     wanted = vars(script.parse_args(options))
     settings = {**vars(script.parse_args([])), **checkpoint["settings"]}  # older than an option
     fixed = wanted.keys() - query_side.MAY_CHANGE - {"precision"}
     if checkpoint["blip"] != fingerprint or any(settings[name] != wanted[name] for name in fixed):
         return "other"
-    if run == "searle":
+    if "searle" in run:
         return "done"  # it is only written at the end
     steps = wanted["epochs"] * max(1, checkpoint["images"] // wanted["batch"])
     return "done" if checkpoint["step"] >= steps else "begun"
@@ -86,6 +100,7 @@ def evaluated(run, seed, split, fingerprint):
         return False
     settings, wanted = read_results(out)["settings"], vars(evaluate.parse_args(command[1:]))
     same = all(settings.get(name) == wanted[name] for name in ("methods", "split", "checkpoint"))
+    fingerprint = clip_fingerprint() if on_clip(run) else fingerprint
     newer = run in METHODS or out.stat().st_mtime >= out.with_name("isa.pt").stat().st_mtime
     return same and newer and settings.get("blip_fingerprint") == fingerprint
 
@@ -97,7 +112,7 @@ def missing(run, seed, splits, fingerprint, threads=0):
                 if state != "done" or not evaluated(run, seed, split, fingerprint)]
     if state == "done":
         return commands
-    how = ["--overwrite"] if state == "other" else [] if run == "searle" else ["--resume"]
+    how = ["--overwrite"] if state == "other" else [] if "searle" in run else ["--resume"]
     return [training(run, seed, threads) + how, *commands]
 
 

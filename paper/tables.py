@@ -35,7 +35,8 @@ def measured(ours, seeds, split):
     -> a list of {benchmark: {part: {metric: [mean, spread]}}}; part is "all", a FashionIQ category,
     or a type of modifier.
     """
-    run, method = (FOLDERS[ours], ours) if ours in FOLDERS else (ours, "isa")
+    run = FOLDERS.get(ours, ours)
+    method = ours.removeprefix("clip ") if ours in FOLDERS else "isa"
     found = []
     for seed in [None] if ours in FOLDERS else seeds if ours in RUNS else []:
         _, path = evaluation(run, seed, split)

@@ -1,4 +1,4 @@
-"""Fetch an official BLIP checkpoint, and BERT's vocabulary beside it."""
+"""Fetch an official checkpoint of BLIP or CLIP, and its vocabulary beside it."""
 
 import argparse
 import os
@@ -18,6 +18,13 @@ from plumbing.files import check_folder
 SALESFORCE = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"  # BSD-3
 VOCAB = "https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt"  # Apache 2.0
 VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+CLIP_VOCAB = "bpe_simple_vocab_16e6.txt.gz"
+OPENAI = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
+CLIP = {  # MIT: name -> address, SHA-256
+    CLIP_VOCAB: ("https://github.com/openai/CLIP/raw/main/clip/" + CLIP_VOCAB,
+                 "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
+    "ViT-L-14.pt": (f"https://openaipublic.azureedge.net/clip/models/{OPENAI}/ViT-L-14.pt", OPENAI),
+}
 LISTED = Path(__file__).with_name("checkpoints.txt").read_text()
 CHECKPOINTS = dict(line.split(maxsplit=1) for line in LISTED.splitlines())  # name -> what it is
 
@@ -48,8 +55,9 @@ def main(args):
     socket.setdefaulttimeout(60)  # seconds without a byte
     check_folder(args.to)
     args.to.mkdir(parents=True, exist_ok=True)
-    sources = {"vocab.txt": (VOCAB, VOCAB_SHA256)}
-    sources.setdefault(args.name, (SALESFORCE + args.name, None))
+    clip = args.name in CLIP
+    sources = {CLIP_VOCAB: CLIP[CLIP_VOCAB]} if clip else {"vocab.txt": (VOCAB, VOCAB_SHA256)}
+    sources.setdefault(args.name, CLIP[args.name] if clip else (SALESFORCE + args.name, None))
     for name, (url, sha256) in sources.items():
         path = args.to / name
         if path.exists():

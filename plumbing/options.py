@@ -8,9 +8,13 @@ from pathlib import PurePath
 
 import torch
 
+from clip_lite import NO_MATCHING
+
 SHARED = {
     "--blip": dict(default="pocket", help='"pocket", a Salesforce .pth, or Hugging Face\'s files'),
-    "--vocab": dict(help="BERT's vocab.txt, if it is not beside the BLIP checkpoint"),
+    "--clip": dict(help='a CLIP in place of BLIP: "pocket", OpenAI\'s .pt, open_clip\'s or Hugging '
+                        "Face's files"),
+    "--vocab": dict(help="BERT's vocab.txt or CLIP's merges, if not beside the checkpoint"),
     "--image-size": dict(type=int, help="pixels a side that BLIP sees; default: the checkpoint's"),
     "--cache-dir": dict(default="cache", help="folder for stored features"),
     "--device": dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"),
@@ -49,6 +53,11 @@ def check_options(parser, args, **least):
             parser.error(f"{option} has to be at least {least[name]}, not {value}")
         if name in MOST and value > MOST[name]:
             parser.error(f"{option} has to be at most {MOST[name]}, not {value}")
+    if getattr(args, "clip", None) and hasattr(args, "blip"):
+        if args.blip not in (None, "pocket"):
+            parser.error(f"give --blip {args.blip} or --clip {args.clip}, not both")
+        if "lar" in getattr(args, "loss", ""):
+            parser.error(f"--loss {args.loss} is not possible: {NO_MATCHING}")
     device = getattr(args, "device", "cpu")
     if device == "mps" or (sys.platform == "darwin" and device != "cpu"):
         parser.error(f"--device {device} is not supported; a Mac computes on its CPU (--device "
@@ -65,10 +74,10 @@ def check_lengths(blip, prompt, tokens, texts):
 
     tokens: L. texts: pairs (what to call the text, the text as isa.continuation returns it).
     """
-    places = blip.text_encoder.embeddings.position_embeddings.num_embeddings
+    places = blip.max_positions
     room = places - 2 - len(blip.tokenizer.tokenize(prompt)) - tokens
     for what, text in texts:
         excess = len(blip.tokenizer.tokenize(text)) - room
         if excess > 0:
             raise ValueError(f"{what}: makes a sentence of {places + excess} tokens, longer than "
-                             f"BLIP's {places} positions; shorten it")
+                             f"the {places} positions of {type(blip).__name__.upper()}; shorten it")

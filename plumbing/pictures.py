@@ -43,8 +43,8 @@ def overlay(image, weights):
 
 def word_rows(blip):
     """BLIP's words, without letters, pieces and special tokens -> V strings, rows [V, d_w]."""
-    kept = {word: i for word, i in blip.tokenizer.vocab.items() if word.isalpha() and len(word) > 1}
-    return list(kept), blip.text_encoder.embeddings.word_embeddings.weight[list(kept.values())]
+    kept = blip.tokenizer.words()
+    return list(kept), blip.embed_words(torch.tensor(list(kept.values()), device=blip.temp.device))
 
 
 @torch.no_grad()

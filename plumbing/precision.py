@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import blip_lite
+import clip_lite
 
 
 def cpu_flags():
@@ -30,7 +31,7 @@ def autocast(device, precision):
 
 
 def open_blip(settings, round_weights=True):
-    """A command's frozen BLIP, and the precision to run it in, "bf16" or "fp32".
+    """A command's frozen BLIP or CLIP, and the precision to run it in, "bf16" or "fp32".
 
     round_weights=False is for a caller that first copies some of the float32 weights.
     """
@@ -38,7 +39,9 @@ def open_blip(settings, round_weights=True):
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     device, precision = settings["device"], settings["precision"]
-    blip = blip_lite.load(settings["blip"], settings["vocab"], settings["image_size"], device)
+    kind, source = (clip_lite, settings["clip"]) if settings.get("clip") else (
+        blip_lite, settings["blip"])
+    blip = kind.load(source, settings["vocab"], settings["image_size"], device)
     precision = pick_precision(device) if precision == "auto" else precision
     if round_weights:
         round_frozen_weights(blip, precision)

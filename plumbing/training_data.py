@@ -117,6 +117,7 @@ class TrainingImages:
     def __init__(self, images, encoder, settings, features=None, to_blip=None):
         self.images, self.features, self.to_blip = images, features, to_blip
         self.size, self.normalization = encoder.image_size, encoder.normalization
+        self.square = getattr(encoder, "square", blip_lite.to_square)
         self.seed, self.augment, self.kept = settings["seed"], None, {}
         crop, flip, randaugment = (settings[name] for name in ("crop", "flip", "randaugment"))
         if crop < 1 or flip or randaugment:
@@ -146,7 +147,7 @@ class TrainingImages:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(hash((self.seed, epoch, i)))
                     seen = self.augment(image)
-            pixels = blip_lite.to_square(seen, self.size)
+            pixels = self.square(seen, self.size)
             if self.keep:
                 self.kept[i] = pixels
             return i, pixels, self.to_blip(image) if self.to_blip else None, damaged

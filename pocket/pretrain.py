@@ -2,6 +2,7 @@
 
     python -m pocket.pretrain --out pocket/blip.pth   # the shipped weights
     python -m pocket.pretrain --validate pocket       # their held-out figures
+    python -m pocket.pretrain --clip                  # pocket CLIP: the same pairs, ITC alone
 
 Every step draws new pairs. Unlike BLIP's recipe there is no momentum encoder and no queue (a batch
 of 192 is large beside a world this small), no decoder loss, and a caption that is true of another
@@ -10,8 +11,11 @@ image in the batch is not its negative.
 
 import argparse
 import json
+import math
 import time
+from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,6 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import blip_lite
+import clip_lite
 from plumbing.command import note_signals, run_command
 from plumbing.files import check_output, cut_log, log_row, replacing
 from plumbing.options import add_shared_options, check_options
@@ -31,6 +36,11 @@ from .specs import EARLY_MIX, LATE_MIX
 VOCAB = Path(__file__).with_name("vocab.txt")
 SIZES = dict(image_size=64, patch_size=8, stem=True, image_width=128, image_depth=3, text_depth=3,
              max_positions=64, word_dim=128, embed_dim=64)
+CLIP_SIZES = dict(max_positions=77, quick=True, image_heads=2, text_heads=2, image_hidden=512,
+                  text_hidden=512)
+CLIP_VOCAB = VOCAB.with_name("merges.txt")
+DEFAULTS = (dict(steps=6500, out=VOCAB.with_name("blip.pth")),
+            dict(steps=1200, out=VOCAB.with_name("clip.pth")))  # CLIP's
 LATE_AT = 1750  # step from which captions also correct themselves at length
 HARD_AT = 2000  # step from which ITM's negatives are as hard as BLIP's
 WARMUP = 200  # steps of each phase
@@ -84,8 +94,20 @@ def draw_rows(rng, size, mix, phase):
     return rows
 
 
-def new_model(tokenizer):
-    blip = blip_lite.Blip({**SIZES, "vocab_size": tokenizer.vocab_size}, tokenizer)
+def learn_merges(words):
+    """Byte-pair encoding until each word is one token -> the lines of a merges.txt."""
+    parts, merges = [[*word[:-1], f"{word[-1]}</w>"] for word in words], []
+    while pairs := Counter(pair for word in parts for pair in pairwise(word)):
+        merges.append(" ".join(pairs.most_common(1)[0][0]))
+        for _ in range(2):  # where a pair follows itself, every second place is found
+            parts = [f" {' '.join(word)} ".replace(f" {merges[-1]} ",
+                     f" {merges[-1].replace(' ', '')} ").split() for word in parts]
+    return ["#version: 0.2", *merges]
+
+
+def new_model(tokenizer, clip=False):
+    network, sizes = (clip_lite.Clip, CLIP_SIZES) if clip else (blip_lite.Blip, {})
+    blip = network({**SIZES, **sizes, "vocab_size": tokenizer.vocab_size}, tokenizer)
     for name, parameter in blip.named_parameters():
         if "embeddings.weight" in name or name.endswith(("pos_embed", "cls_token")):
             torch.nn.init.normal_(parameter, std=0.02)
@@ -166,6 +188,8 @@ def losses(blip, rows, phase, hardness, precision):
     v, F_v, words, mask, t = encode(blip, specs, texts, precision)
     temperature = blip.temp.clamp(*TEMPERATURES)
     itc = contrastive_loss(v, t, temperature, true)  # in float32: bfloat16 steps by 0.25 at 50
+    if isinstance(blip, clip_lite.Clip):
+        return itc, torch.zeros(()), temperature, math.nan
     similarity = t @ v.T / temperature
     texts, images, labels = matching_pairs(similarity, true, wrong, hardness, phase)
     with autocast("cpu", precision):
@@ -193,6 +217,9 @@ def validate(blip, count=1000, seed=0, precision="fp32"):
         texts, facts = zip(*(language.describe(spec, rng, keep) for spec in specs), strict=True)
         v, F_v, words, mask, t = encode(blip, specs, list(texts), precision)
         similarity = t @ v.T  # outside autocast: bfloat16 similarities would tie
+        out[f"{name}_R@1"] = 100 * share(similarity.argmax(1) == own).item()
+        if isinstance(blip, clip_lite.Clip):
+            continue
         true = torch.from_numpy(language.holds(facts, specs))
         hard = similarity.masked_fill(true, -2).argmax(0)  # [image] -> the best of the wrong texts
         drawn = []
@@ -204,7 +231,6 @@ def validate(blip, count=1000, seed=0, precision="fp32"):
             positive, negative, *drawn = (blip.match(words[i], mask[i], F_v[j]).argmax(1)
                                           for i, j in ((own, own), (hard, own), *drawn))
         right = share(positive == 1)
-        out[f"{name}_R@1"] = 100 * share(similarity.argmax(1) == own).item()
         out[f"{name}_matching"] = 50 * (right + share(negative == 0)).item()
         out[f"{name}_drawn"] = 50 * (right + share(torch.cat(drawn) == 0)).item()
     for kind in language.EDIT_KINDS:
@@ -227,7 +253,8 @@ def load_state(path, settings, blip):
     """OUT.state into the model -> the next step, the optimizer. ValueError if unusable."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        other = [name for name, value in settings.items() if state["settings"][name] != value]
+        was = {"clip": False} | state["settings"]  # may be older than this option
+        other = [name for name, value in settings.items() if was[name] != value]
         if not other:
             blip.load_state_dict(state["model"])
             optimizer = new_optimizer(blip, phase_at(state["step"] - 1))
@@ -236,7 +263,7 @@ def load_state(path, settings, blip):
     except Exception:  # torch.load reports damaged files in many ways
         raise ValueError(f"{path}: is damaged or of another version; delete it to start anew"
                          ) from None
-    option = f"--{other[0].replace('_', '-')} {state['settings'][other[0]]}"
+    option = f"--{other[0].replace('_', '-')} {was[other[0]]}"
     raise ValueError(f"{path}: is of {option}, not {settings[other[0]]}; give {option}, or delete "
                      "the file to start anew")
 
@@ -246,6 +273,7 @@ def train(blip, settings, out, held_out, save_every, precision):
     steps, seed = settings["steps"], settings["seed"]
     state_file, log_file = Path(f"{out}.state"), Path(f"{out}.log")
     start, optimizer = PHASES[-1].first if settings["matching_of"] else 0, None
+    late = steps // 2 if settings["clip"] else LATE_AT
     if state_file.exists():
         start, optimizer = load_state(state_file, settings, blip)
     cut_log(log_file, start)
@@ -260,7 +288,7 @@ def train(blip, settings, out, held_out, save_every, precision):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, settings["lr"])
         torch.manual_seed(seed * 1_000_003 + step)  # a resumed run draws the same negatives
-        rng, mix = language.Rng(f"{seed}-{step}"), LATE_MIX if step >= LATE_AT else EARLY_MIX
+        rng, mix = language.Rng(f"{seed}-{step}"), LATE_MIX if step >= late else EARLY_MIX
         rows = draw_rows(rng, int(phase.size * settings["batch"]), mix, phase)
         itc, itm, temperature, right = losses(blip, rows, phase, min(1, step / HARD_AT), precision)
         blip.zero_grad(set_to_none=True)
@@ -274,7 +302,8 @@ def train(blip, settings, out, held_out, save_every, precision):
         done, last = step + 1, step + 1 == steps
         if done % 500 == 0 or last:
             row = {"step": done, "seconds": round(time.time() - began),
-                   "itc": round(itc.item(), 4), "itm": round(itm.item(), 4),
+                   "itc": round(itc.item(), 4),
+                   **({} if settings["clip"] else {"itm": round(itm.item(), 4)}),
                    "temperature": round(temperature.item(), 4),
                    **validate(blip, held_out, precision=precision)}
             log_row(log_file, row)
@@ -299,7 +328,8 @@ def parse_args(argv=None):
         prog="python -m pocket.pretrain", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add, first = parser.add_argument, PHASES[-1].first
-    add("--steps", type=int, default=6500, help="fewer mean a weaker BLIP")
+    add("--clip", action="store_true", help="train pocket CLIP, by ITC alone")
+    add("--steps", type=int, help="fewer mean a weaker model (default: 6500, CLIP 1200)")
     add("--batch", type=int, default=192, help="pairs a step")
     add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
     add("--seed", type=int, default=0, help="with --validate, of the images")
@@ -309,8 +339,9 @@ def parse_args(argv=None):
     add("--save-every", type=int, default=250, help="steps between states to resume from")
     add("--validate", metavar="FILE", help='only print figures of FILE or "pocket"')
     add("--matching-of", metavar="FILE", help=f'begin at step {first} with FILE or "pocket"')
-    add("--out", type=Path, default=VOCAB.with_name("blip.pth"),
-        help="weights; OUT.log has the figures, OUT.state is what the same command resumes")
+    add("--out", type=Path, help="weights (default: pocket/blip.pth or pocket/clip.pth); OUT.log "
+        "has the figures, OUT.state is what the same command resumes")
+    parser.set_defaults(**DEFAULTS[parser.parse_known_args(argv)[0].clip])
     args = parser.parse_args(argv)
     check_options(parser, args, steps=1, batch=8, threads=1, held_out=2, save_every=1)
     if args.lr <= 0:
@@ -318,6 +349,8 @@ def parse_args(argv=None):
     if args.matching_of and args.steps <= first:
         parser.error(f"--steps has to be more than {first} with --matching-of, not {args.steps}: "
                      "it begins there")
+    if args.clip and (args.matching_of or args.steps > first):
+        parser.error(f"--clip has no matching to train: no --matching-of, at most {first} --steps")
     return args
 
 
@@ -325,19 +358,24 @@ def main(args):
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     precision = pick_precision("cpu") if args.precision == "auto" else args.precision
+    kind, vocab = (clip_lite, CLIP_VOCAB) if args.clip else (blip_lite, VOCAB)
     if file := args.validate or args.matching_of:
-        blip = blip_lite.load(file, vocab=None if file == "pocket" else VOCAB)
+        blip = kind.load(file, vocab=None if file == "pocket" else vocab)
     if args.validate:
         print(json.dumps(validate(blip, args.held_out, args.seed, precision)))
         return 0
     check_output(args.out)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    if not VOCAB.exists():
-        with replacing(VOCAB) as file:
-            file.write(("\n".join(language.vocabulary()) + "\n").encode())
+    words = language.vocabulary()
+    lines = learn_merges(filter(str.isalpha, words)) if args.clip else words
+    if not vocab.exists():
+        with replacing(vocab) as file:
+            file.write(("\n".join(lines) + "\n").encode())
     if not args.matching_of:
-        blip = new_model(blip_lite.Tokenizer(VOCAB))
-    settings = {key: getattr(args, key) for key in ("steps", "batch", "lr", "seed", "matching_of")}
+        size = (len(lines) + 513,) if args.clip else ()
+        blip = new_model(kind.Tokenizer(vocab, *size), args.clip)
+    options = ("steps", "batch", "lr", "seed", "matching_of", "clip")
+    settings = {key: getattr(args, key) for key in options}
     return train(blip, settings, args.out, args.held_out, args.save_every, precision)
 
 

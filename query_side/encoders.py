@@ -1,7 +1,8 @@
 """The networks of the query side, which turn pixels [B, 3, S, S] into F^LE [B, C, H, W] (Table 1).
 
-Each has out_channels C, image_size S and normalization (mean, std; RGB in 0..1); all but BLIP's
-take pixels of other sizes as well. EfficientNet and MobileNetV2 are torchvision's.
+Each has out_channels C, image_size S and normalization (mean, std; RGB in 0..1); all but BLIP's,
+which preprocess as BLIP does, take pixels of other sizes. EfficientNet and MobileNetV2 are
+torchvision's.
 """
 
 import copy
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from blip_lite import MEAN, STD, to_pixels
+from blip_lite import MEAN, STD, to_pixels, to_square
 from blip_lite.checkpoint import MOST_PIXELS
 
 from .efficientvit import EfficientViT
@@ -48,6 +49,12 @@ def conv_bn(*shape, **options):
     return nn.Sequential(*conv_norm(*shape, **options))
 
 
+def look_as(blip, encoder):
+    """The encoder sees images as the frozen model does."""
+    encoder.image_size, encoder.normalization = blip.image_size, blip.normalization
+    encoder.square = blip.square
+
+
 class BlipEncoder(nn.Module):
     """The paper's "Sym": BLIP's own visual encoder, frozen. -> patch tokens [B, D, h, w].
 
@@ -59,7 +66,7 @@ class BlipEncoder(nn.Module):
         super().__init__()
         self.visual_encoder = (blip.visual_encoder.eval().requires_grad_(False),)
         self.out_channels = blip.vision_proj.in_features  # D
-        self.image_size, self.normalization = blip.image_size, (MEAN, STD)
+        look_as(blip, self)
 
     @torch.no_grad()
     def forward(self, pixels):
@@ -73,24 +80,31 @@ class TunedBlipEncoder(nn.Module):
         super().__init__()
         self.visual_encoder = copy.deepcopy(blip.visual_encoder).float().requires_grad_(True)
         self.out_channels = blip.vision_proj.in_features  # D
-        self.image_size, self.normalization = blip.image_size, (MEAN, STD)
+        look_as(blip, self)
 
     def forward(self, pixels):
         return as_map(self.visual_encoder(pixels))
 
 
 class BlipFeature(nn.Module):
-    """The frozen BLIP's v as a map [B, E, 1, 1], for Pic2Word and SEARLE."""
+    """The frozen BLIP's v as a map [B, E, 1, 1], for Pic2Word and SEARLE.
+
+    unit_norm False: before it is scaled to length 1, as SEARLE's published networks take it.
+    """
+
+    unit_norm = True
 
     def __init__(self, blip):
         super().__init__()
         self.blip = (blip,)  # hidden as in BlipEncoder
         self.out_channels = blip.embed_dim  # E
-        self.image_size, self.normalization = blip.image_size, (MEAN, STD)
+        look_as(blip, self)
 
     @torch.no_grad()
     def forward(self, pixels):
-        return self.blip[0].encode_image(pixels, cls_only=True)[0][..., None, None]
+        v, F_v = self.blip[0].encode_image(pixels, cls_only=True)
+        v = v if self.unit_norm else self.blip[0].vision_proj(F_v[:, 0]).float()
+        return v[..., None, None]
 
 
 def as_map(tokens):
@@ -164,4 +178,5 @@ def build(name, pretrained=None, blip=None, image_size=None):
 
 def preprocess(encoder, pil):
     """A PIL image of any mode and size -> float32 [3, S, S] for the encoder."""
-    return to_pixels(pil, encoder.image_size, *encoder.normalization)
+    square = getattr(encoder, "square", to_square)
+    return to_pixels(pil, encoder.image_size, *encoder.normalization, square)

@@ -20,10 +20,14 @@ LEARNERS = {  # --mapper -> what isa.AdaptiveTokenLearner does without (Tables 1
     "atl-no-sa": dict(self_attention=False),
 }
 ONE_WORD = {"mlp": MLP, "phi": Phi}
+PUBLISHED = {  # the settings of SEARLE's networks, which are bare state dicts
+    "encoder": "blip-v", "query_size": None, "mapper": "phi", "tokens": 1, "gallery": "blip",
+    "prompt": "a photo of",
+}
 MAPPERS = (*LEARNERS, "mlp")  # that train.py offers; SEARLE's phi has a training of its own
 MAY_CHANGE = {  # settings that a resumed run may have otherwise
     "name", "images", "cache", "cache_dir", "workers", "threads", "resume", "overwrite", "device",
-    "save_every", "blip", "vocab", "compile",
+    "save_every", "blip", "clip", "vocab", "compile",
 }
 OTHER_VERSION = ("was written by another version of this program; train again, with --overwrite "
                  "or another --name")
@@ -46,6 +50,10 @@ def read_checkpoint(path):
     """isa.pt or last.pt -> dict. Only tensors and plain data are unpickled. Raises ValueError."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        phi = checkpoint.get("Phi", checkpoint)  # as SEARLE's authors store it
+        if phi.keys() == {f"layers.{i}.{kind}" for i in (0, 3, 6) for kind in ("weight", "bias")}:
+            weights = {f"mapper.{name}": x for name, x in phi.items()}
+            checkpoint = {"query_model": weights, "settings": PUBLISHED, "blip": None}
         if not {"query_model", "settings", "blip"} <= checkpoint.keys():
             raise ValueError
     except FileNotFoundError:
@@ -68,15 +76,24 @@ def load_query_model(path, blip):
     Raises ValueError for a damaged file and for one trained against another BLIP.
     """
     checkpoint = read_checkpoint(path)
-    if checkpoint["blip"] != blip.fingerprint:
+    published, weights = checkpoint["settings"] is PUBLISHED, checkpoint["query_model"]
+    if published:
+        sizes = weights["mapper.layers.0.weight"].shape[-1], len(weights["mapper.layers.6.weight"])
+        if sizes != (blip.embed_dim, blip.word_dim):
+            raise ValueError(f"{path}: SEARLE's network for features and words of {sizes[0]} and "
+                             f"{sizes[1]} numbers, not {blip.embed_dim} and {blip.word_dim}; give "
+                             "its CLIP with --clip (768 and 768: ViT-L/14)")
+    elif checkpoint["blip"] != blip.fingerprint:
         raise ValueError(f"{path}: was trained against BLIP {checkpoint['blip']}, this one is "
-                         f"{blip.fingerprint}; their word spaces differ: give the same --blip and "
-                         "--image-size as in training")
+                         f"{blip.fingerprint}; their word spaces differ: give the same --blip (or "
+                         "--clip) and --image-size as in training")
     try:
         model = build_query_model(checkpoint["settings"], blip)
     except (KeyError, ValueError):
         raise ValueError(f"{path}: {OTHER_VERSION}") from None
-    load_state(model, checkpoint["query_model"], path)
+    load_state(model, weights, path)
+    if published:
+        model.encoder.unit_norm = False
     return model.to(blip.temp.device).eval(), checkpoint["settings"]
 
 

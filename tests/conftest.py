@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import blip_lite
+import clip_lite
 from pocket import world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,6 +104,11 @@ def images(small_world, tmp_path_factory):
 @pytest.fixture(scope="session")
 def pocket_blip():
     return blip_lite.load("pocket")
+
+
+@pytest.fixture(scope="session")
+def pocket_clip():
+    return clip_lite.load("pocket")
 
 
 def with_large_weights(blip):

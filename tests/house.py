@@ -15,17 +15,17 @@ ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = 100
 LINES = {  # file or folder -> the most lines
     "isa.py": 190, "train.py": 220, "evaluate.py": 260, "search.py": 160, "blip_lite": 950,
-    "query_side": 800, "baselines": 700, "benchmarks": 775, "pocket": 1340, "paper": 1120,
-    "plumbing": 1590, "README.md": 146,
+    "clip_lite": 480, "query_side": 825, "baselines": 700, "benchmarks": 775, "pocket": 1375,
+    "paper": 1150, "plumbing": 1630, "README.md": 150,
 }
 LEVELS = [  # imports point from later levels to earlier ones, never within a level
-    {"blip_lite", "isa"}, {"plumbing"}, {"query_side", "benchmarks", "pocket"}, {"baselines"},
-    {"train", "evaluate", "search"}, {"paper"},
+    {"blip_lite", "isa"}, {"clip_lite"}, {"plumbing"}, {"query_side", "benchmarks", "pocket"},
+    {"baselines"}, {"train", "evaluate", "search"}, {"paper"},
 ]
 TOP = {
-    "isa.py", "train.py", "evaluate.py", "search.py", "blip_lite", "query_side", "baselines",
-    "benchmarks", "pocket", "paper", "plumbing", "notebooks", "tests", "requirements.txt",
-    "README.md", "LICENSE", "pyproject.toml", ".ci", ".gitignore",
+    "isa.py", "train.py", "evaluate.py", "search.py", "blip_lite", "clip_lite", "query_side",
+    "baselines", "benchmarks", "pocket", "paper", "plumbing", "notebooks", "tests",
+    "requirements.txt", "README.md", "LICENSE", "pyproject.toml", ".ci", ".gitignore",
 }
 
 
@@ -78,8 +78,8 @@ def check():
     for name, most in LINES.items():
         parts = tracked(name if "." in name else f"{name}/*.py")
         promise(name, sum(map(height, parts)), most, " lines")
-    promise("product", sum((ROOT / p).stat().st_size for p in product), 381_000, " bytes")
-    promise("tests", sum((ROOT / p).stat().st_size for p in tracked("tests")), 516_000, " bytes")
+    promise("product", sum((ROOT / p).stat().st_size for p in product), 414_000, " bytes")
+    promise("tests", sum((ROOT / p).stat().st_size for p in tracked("tests")), 560_000, " bytes")
     lines = [line for path in product for line in (ROOT / path).read_text().splitlines()]
     long = sum(len(line) > COLUMNS for line in lines)
     promise(f"lines over {COLUMNS} columns", long, int(0.03 * len(lines)))

@@ -78,6 +78,7 @@ class Evil:
 
 BENCHMARKS = ("cirr", "fashioniq", "circo")
 BLIP, VOCAB = ROOT / "pocket/blip.pth", ROOT / "pocket/vocab.txt"
+CLIP = ROOT / "pocket/clip.pth"
 EVIL = saved({"model": {"x": Evil()}, "query_model": Evil(), "settings": {}, "blip": ""})
 HTML = "<!DOCTYPE html><html><body>Sign in to download</body></html>"
 
@@ -256,7 +257,14 @@ CASES = [
          {"x.pth": blip_weights(lambda state: state["itm_head.bias"].fill_(torch.nan))}),
         ("x.safetensors", "x.safetensors|damaged|download",
          {"x.safetensors": struct.pack("<Q", 2**62) + b"{}"}),
+        ("x.pth", "x.pth holds a CLIP|not a BLIP|--clip", {"x.pth": CLIP}),
         ("x.pth", "vocab.txt|x.pth|--vocab", {"x.pth": BLIP})),
+    *cases(f"{TRAIN} --loss gcd --clip", ("{blip}", "blip.pth holds a BLIP|not a CLIP|--blip"),
+           ("x.pt", "x.pt|damaged|download", {"x.pt": half(CLIP)}),
+           ("x.pth", "merges.txt|beside x.pth|--vocab|plumbing.download", {"x.pth": CLIP}),
+           ("pocket --vocab v.txt", "v.txt|not a list of pairs|merges.txt", {"v.txt": VOCAB}),
+           ("pocket --vocab v.txt", "v.txt makes 515 tokens|know 711", {"v.txt": "r e\n"}),
+           ("none.pt", "none.pt: there is no such file|plumbing.download")),
     *cases(
         f"{TRAIN} --vocab",
         ("v.txt", "v.txt|5 tokens|belongs", {"v.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n"}),
@@ -274,6 +282,7 @@ CASES = [
         ("{run}", "is a folder|isa.pt"),
         ("{blip} --blip {isa}", "blip.pth|train.py|--blip"),
         ("{isa} --image-size 96", "@64|@96|--image-size"),
+        ("{isa} --clip pocket", "trained against BLIP|--clip"),
         ("{isa} --blip x.pth", "trained against BLIP|same --blip",
          {"vocab.txt": VOCAB, "x.pth": blip_weights(lambda state: state["itm_head.bias"].add_(1))}),
         ("x.pt", "x.pt|another|train again",
@@ -323,7 +332,9 @@ CASES = [
 
     # ---- options of train.py
     *usage(
-        TRAIN, ("--batchsize 8", "--batchsize"), ("--lr -1", "--lr|-1"), ("--lr nan", "--lr|nan"),
+        TRAIN, ("--clip pocket", "--loss gcd+lar|no matching encoder|section 4.2|--loss gcd"),
+        ("--clip pocket --loss gcd --blip x.pth", "--blip x.pth or --clip pocket|not both"),
+        ("--batchsize 8", "--batchsize"), ("--lr -1", "--lr|-1"), ("--lr nan", "--lr|nan"),
         ("--weight-decay inf", "--weight-decay|inf"), ("--tokens 0", "--tokens|at least 1"),
         ("--batch 1", "--batch|at least 2|1"), ("--encoder resnet50", "resnet50|pocketnet"),
         ("--seed lucky", "--seed|lucky"), ("--seed -1", "--seed|-1"),
@@ -466,6 +477,7 @@ CASES = [
         ("--validate none.pth", "none.pth: there is no such file")),
     *usage(
         PRETRAIN, ("--steps 0", "--steps|0"), ("--batch 1", "--batch|1"),
+        ("--clip --steps 9000", "--clip has no matching|5600"),
         ("--threads 0", "--threads|0"), ("--lr nan", "--lr|nan"),
         ("--matching-of pocket", "--steps|more than 5600")),
 

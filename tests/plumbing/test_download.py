@@ -80,6 +80,18 @@ def test_fetches_the_checkpoint_and_the_vocabulary(fetch, served, new, tmp_path,
     assert fetch() is None and capsys.readouterr().out.count("is there already") == 2
 
 
+def test_fetches_clip_and_its_vocabulary(fetch, served, new, monkeypatch):
+    bpe = "bpe_simple_vocab_16e6.txt.gz"
+    for name in (bpe, "ViT-L-14.pt"):
+        (served / name).write_bytes(WEIGHTS)
+    sums = {name: (url, hashlib.sha256(WEIGHTS).hexdigest())
+            for name, (url, _) in download.CLIP.items()}
+    assert "invalid hash" in fetch("ViT-L-14.pt", bpe)
+    monkeypatch.setattr(download, "CLIP", sums)
+    assert fetch("ViT-L-14.pt") is None and new() == ["ViT-L-14.pt", bpe]
+    assert set(download.CLIP) < set(download.CHECKPOINTS)
+
+
 @pytest.mark.parametrize("mood, message", [("web page", "a web page"), ("cut", "was cut")])
 def test_an_odd_answer_is_one_sentence(fetch, server, new, mood, message):
     fetch("vocab.txt")

@@ -12,11 +12,12 @@ from conftest import ROOT
 from PIL import Image
 
 import blip_lite
+import clip_lite
 import isa
 import query_side
 from pocket import pretrain
 from pocket.drawing import draw
-from pocket.specs import EARLY_MIX, LATE_MIX, Rng, holds
+from pocket.specs import EARLY_MIX, LATE_MIX, Rng, holds, vocabulary
 from query_side.query_model import MAY_CHANGE, load_query_model
 from train import parse_args
 
@@ -172,6 +173,53 @@ def test_pretraining_killed_in_a_step_resumes_to_the_same_weights(
     assert all(log.pop("seconds") >= 0 for log in logs) and logs[0] == logs[1]
     assert logs[0]["step"] == 3
     assert blip_lite.load(files[0], vocab=VOCAB).image_size == 64
+
+
+def test_merges_make_each_word_one_token(tmp_path):
+    words = [word for word in vocabulary() if word.isalpha()]
+    shipped = (ROOT / "pocket/merges.txt").read_text().splitlines()
+    assert pretrain.learn_merges(words) == shipped
+    lines = pretrain.learn_merges(["banana", "aaaa", "nab"])
+    (tmp_path / "merges.txt").write_text("\n".join(lines))
+    tokenizer = clip_lite.Tokenizer(tmp_path / "merges.txt", len(lines) + 513)
+    assert tokenizer.tokenize("banana aaaa nab") == ["banana</w>", "aaaa</w>", "nab</w>"]
+
+
+def test_clip_learns_by_contrast_alone(pocket_clip):
+    rows = pretrain.draw_rows(Rng(3), 12, LATE_MIX, COARSE)
+    specs, captions, facts, _ = zip(*rows, strict=True)
+    itc, itm, temperature, _ = pretrain.losses(pocket_clip, rows, COARSE, 1.0, "fp32")
+    with torch.no_grad():
+        pixels = torch.stack([pocket_clip.preprocess(draw(spec)) for spec in specs])
+        v, _ = pocket_clip.encode_image(pixels)
+        texts = (pocket_clip.tokenize([text]) for text in captions)
+        t = torch.cat([pocket_clip.encode_text(pocket_clip.embed_words(i), m) for i, m in texts])
+    true = torch.from_numpy(holds(facts, specs))
+    wanted = pretrain.contrastive_loss(v, t, pocket_clip.temperature, true)
+    assert itc.item() == pytest.approx(wanted.item(), rel=1e-4) and itm == 0
+    assert temperature.item() == pytest.approx(pocket_clip.temperature)
+
+
+def test_clip_resumes_and_loads(tmp_path, monkeypatch):
+    run(tmp_path / "whole.pth", "--clip")
+    monkeypatch.setattr(pretrain, "note_signals", lambda: [15])  # stopped after each step
+    for _ in range(3):
+        assert run(tmp_path / "parts.pth", "--clip") == 15
+    whole, parts = (torch.load(tmp_path / f"{name}.pth", weights_only=True)["model"]
+                    for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole.keys() | parts.keys())
+    row = json.loads((tmp_path / "whole.pth.log").read_text())
+    assert "itm" not in row and not any("matching" in name or "drawn" in name for name in row)
+    clip = clip_lite.load(tmp_path / "whole.pth", vocab=ROOT / "pocket/merges.txt")
+    assert (clip.image_size, clip.max_positions) == (64, 77)
+
+
+def test_the_shipped_clip_is_small_and_has_learnt(pocket_clip):
+    assert (ROOT / "pocket/clip.pth").stat().st_size < 6e6
+    logged = json.loads((ROOT / "pocket/clip.pth.log").read_text().splitlines()[-1])
+    found = pretrain.validate(pocket_clip, 200)
+    assert found.keys() == logged.keys() - {"step", "seconds", "itc", "temperature"}
+    assert found["full_R@1"] > logged["full_R@1"] > 50  # among fewer images
 
 
 def test_the_last_phase_trains_nothing_but_matching(tmp_path, pocket_blip):

@@ -138,3 +138,44 @@ def test_isa_pt_holds_the_query_side_alone_and_is_what_was_trained(trained, pock
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 6, pocket_blip.word_dim)
     assert {name.split(".")[0] for name in last["query_model"]} == {"encoder", "mapper"}
     assert trained.isa.stat().st_size < 50_000 + 4 * sum(x.numel() for x in model.parameters())
+
+
+# ---- the networks that SEARLE's authors publish
+
+
+def phi(E, d_w, hidden=12):
+    random = torch.Generator().manual_seed(0)
+    shapes = {"0": (hidden, E), "3": (hidden, hidden), "6": (d_w, hidden)}
+    return {f"layers.{i}.{kind}": torch.randn(shape if kind == "weight" else shape[:1],
+                                              generator=random)
+            for i, shape in shapes.items() for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_searles_published_network(pocket_clip, tmp_path, wrapped):
+    """GELU between its layers, no dropout, and v before it is normalised."""
+    clip, path = pocket_clip, tmp_path / "SEARLE.pt"
+    weights = phi(clip.embed_dim, clip.word_dim, 4 * clip.embed_dim)
+    torch.save({"Phi": weights} if wrapped else weights, path)
+    model, settings = load_query_model(path, clip)
+    assert (settings["prompt"], settings["tokens"]) == ("a photo of", 1) and not model.training
+    pixels = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        U = model(pixels)
+        x = clip.visual_encoder(pixels)[:, 0] @ clip.vision_proj.weight.T
+    assert (x.norm(dim=1) - 1).abs().min() > 0.1
+    for i in (0, 3, 6):
+        x = x @ weights[f"layers.{i}.weight"].T + weights[f"layers.{i}.bias"]
+        x = x if i == 6 else 0.5 * x * (1 + torch.erf(x / 2**0.5))
+    assert U.shape == (3, 1, clip.word_dim) and torch.allclose(U[:, 0], x, atol=1e-3, rtol=1e-3)
+
+
+def test_searles_network_for_another_clip_is_refused(pocket_clip, pocket_blip, tmp_path):
+    torch.save({"Phi": phi(768, 768)}, tmp_path / "SEARLE.pt")
+    for model in (pocket_clip, pocket_blip):
+        with pytest.raises(ValueError, match="SEARLE.pt: SEARLE's network for features and words "
+                           "of 768 and 768 numbers, not 64 and 128; give its CLIP with --clip"):
+            load_query_model(tmp_path / "SEARLE.pt", model)
+    torch.save({"Phi": phi(64, 128)}, tmp_path / "SEARLE.pt")  # 12 hidden units, not 256
+    with pytest.raises(ValueError, match="SEARLE.pt: was written by another version"):
+        load_query_model(tmp_path / "SEARLE.pt", pocket_clip)
