@@ -56,7 +56,7 @@ def parse_args(argv=None):
     add("--encoder", choices=query_side.NAMES, help="the light network; or BLIP's: blip is frozen "
         "(Sym, Tables 2-4), blip-tuned a trained copy (Table 7), blip-v gives v (Pic2Word)")
     add("--query-size", type=int, help="side in pixels that it sees (default: its own)")
-    add("--pretrained", help='"imagenet" (as in the paper), or a state dict for the encoder')
+    add("--pretrained", help='"imagenet" (as in the paper), "pocket" (pocketnet) or a state dict')
     add("--no-pretrained", dest="pretrained", action="store_const", const=None, help="* in Table 6")
     add("--mapper", choices=query_side.MAPPERS, default="atl", help="adaptive token learner, simple"
         " tokenizer, a learner less one attention, or an MLP's one word (Tables 5, 11, 18-20)")

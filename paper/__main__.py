@@ -30,7 +30,7 @@ BEYOND = {"stronger": beyond.stronger_table, "rerank": beyond.rerank_table,
 ALL = (*map(str, range(1, 21)), "fig3", "lar", *figures.FIGURES)
 
 
-def needed(names, seeds, imagenet=False):
+def needed(names, seeds):
     """Names of ALL -> {(run, seed): splits to evaluate it on}; seed None without training."""
     found = {}
     for name in names:
@@ -41,7 +41,7 @@ def needed(names, seeds, imagenet=False):
         wanted += [(beyond.RUN, seeds)] if name in BEYOND else []
         for ours, some in wanted:
             keys = [(runs.FOLDERS[ours], None)] if ours in runs.FOLDERS else []
-            if ours in numbers.RUNS and (imagenet or ours not in runs.WITH_WEIGHTS):
+            if ours in numbers.RUNS:
                 keys = [(ours, seed) for seed in runs.seeds_of(ours, some)]
             for key in keys:
                 splits = found.setdefault(key, [])
@@ -121,8 +121,6 @@ def parse_args(argv=None):
     add("--seeds", type=int, nargs="+", default=[0, 1, 2],
         help="of every trained row; one is enough for a quick look")
     add("--as-is", action="store_true", help="run nothing: print what is there")
-    add("--imagenet", action="store_true",
-        help="also rows that start from ImageNet weights (downloads, weights/)")
     add("--images", type=int, default=1_000_000, metavar="N", help="in the largest gallery of "
         "growth; each takes 0.7 ms of one core")
     add("--out", help="also write to this file (default of all: paper/RESULTS.md, of beyond: "
@@ -148,7 +146,7 @@ def main(args):
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))  # the terminal was closed
     if args.out:
         check_output(args.out)
-    wanted = needed(args.names, args.seeds, args.imagenet)
+    wanted = needed(args.names, args.seeds)
     fingerprint = blip_lite.load("pocket").fingerprint if wanted else None
     if args.commands:
         for key, splits in wanted.items():

@@ -28,7 +28,6 @@ BUDGET = ["--epochs", "1"]  # of every training, unless its options say more
 ONE_SEED = {"lar-weight-0.3", "lar-weight-3"}  # trends, not rows of the paper
 FOLDERS = {f"clip {method}" if run == "clip" else method: run
            for run, methods in METHODS.items() for method in methods}
-WITH_WEIGHTS = {run for run, options in RUNS.items() if "--pretrained" in options}
 
 
 def folder(run, seed=None):
@@ -53,6 +52,17 @@ def training(run, seed, threads=0):
     script = ["-m", "baselines.searle"] if "searle" in run else ["train.py", *BUDGET]
     command = [*script, *RUNS[run], "--seed", str(seed), "--name", f"tables/{run}-{seed}"]
     return command + (["--threads", str(threads)] if threads else [])
+
+
+def classification(run, threads=0):
+    """The command, in a list, that makes the weights a run starts from, if they are missing."""
+    given = dict(zip(RUNS[run], RUNS[run][1:], strict=False))  # option -> its value
+    path = given.get("--pretrained", "pocket")
+    if path == "pocket" or Path(path).exists():
+        return []
+    same = [word for name in ("--encoder", "--query-size") for word in (name, given[name])]
+    command = ["-m", "pocket.classify", *same, "--out", path]
+    return [command + (["--threads", str(threads)] if threads else [])]
 
 
 def evaluation(run, seed, split):
@@ -106,14 +116,15 @@ def evaluated(run, seed, split, fingerprint):
 
 
 def missing(run, seed, splits, fingerprint, threads=0):
-    """The commands that a run still needs: training, and evaluation on each split."""
+    """The commands that a run still needs: its encoder's weights, training, an evaluation of each
+    split."""
     state = "done" if run in METHODS else trained(run, seed, fingerprint)
     commands = [evaluation(run, seed, split)[0] for split in splits
                 if state != "done" or not evaluated(run, seed, split, fingerprint)]
     if state == "done":
         return commands
     how = ["--overwrite"] if state == "other" else [] if "searle" in run else ["--resume"]
-    return [training(run, seed, threads) + how, *commands]
+    return [*classification(run, threads), training(run, seed, threads) + how, *commands]
 
 
 def shown(command):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import benchmarks
 from paper.numbers import CONTENTS, NUMBERS, ROWS, RUNS
-from paper.runs import FOLDERS, WITH_WEIGHTS, evaluation, read_results, seeds_of
+from paper.runs import FOLDERS, evaluation, read_results, seeds_of
 
 ROWS["comparison on validation"] = {
     label: row for label, row in ROWS["comparison"].items() if row["ours"] != "searle-oti"
@@ -87,7 +87,6 @@ def table(name, seeds):
             ours, papers = row["ours"], {k: printed[v] for k, v in row.items() if k != "ours"}
             results = measured(ours, seeds_of(ours, seeds), entry.split)
             why = "not run" if ours in RUNS or ours in FOLDERS else ours
-            why = "needs ImageNet weights" if ours in WITH_WEIGHTS else why
             cells = [f"{label} (1 seed)" if ours in RUNS and len(results) == 1 else label]
             for column, (benchmark, metric) in columns.items():
                 mine = cell([value(result, benchmark, metric) for result in results])

@@ -18,7 +18,7 @@ from blip_lite.checkpoint import MOST_PIXELS
 from .efficientvit import EfficientViT
 from .layers import DepthwiseConv2d, MeanPool, conv_norm
 from .mobilevitv2 import MobileViTV2
-from .weights import IMAGENET_STATISTICS, imagenet_weights, load_weights, read_weights
+from .weights import IMAGENET_STATISTICS, POCKET, imagenet_weights, load_weights, read_weights
 
 
 class PocketNet(nn.Module):
@@ -128,8 +128,9 @@ def build(name, pretrained=None, blip=None, image_size=None):
     """The encoder called `name`, one of NAMES.
 
     pretrained: None (random weights, * in Table 6), "imagenet" (torchvision's, downloaded on first
-        use), or the path of a state dict, with or without the classifier's last layers, as written
-        by torchvision, by timm or by the authors of EfficientViT and MobileViTV2.
+        use), "pocket" (PocketNet's, shipped), or the path of a state dict, with or without the
+        classifier's last layers, as written by pocket.classify, by torchvision, by timm or by the
+        authors of EfficientViT and MobileViTV2.
     blip: the loaded BLIP whose visual encoder "blip", "blip-tuned" and "blip-v" use.
     image_size: S in pixels; by default the network's own.
 
@@ -148,6 +149,10 @@ def build(name, pretrained=None, blip=None, image_size=None):
             raise ValueError(f'image_size {image_size} is not possible for "{name}": '
                              f"the loaded BLIP sees {blip.image_size} px")
         return BLIPS[name](blip)
+    if pretrained == "pocket" and name != "pocketnet":
+        raise ValueError(f"only pocketnet's pocket weights are shipped; make those of {name} with "
+                         f"`python -m pocket.classify --encoder {name} --out FILE`, and give the "
+                         "path of FILE as pretrained")
     if name in OURS:
         network, source = OURS[name]
         if pretrained == "imagenet":
@@ -172,7 +177,8 @@ def build(name, pretrained=None, blip=None, image_size=None):
     if pretrained == "imagenet":
         load_weights(encoder, imagenet_weights(name), f"torchvision's {name}")
     elif pretrained is not None:
-        load_weights(encoder, read_weights(pretrained), pretrained)
+        path = POCKET if pretrained == "pocket" else pretrained
+        load_weights(encoder, read_weights(path), path)
     return encoder
 
 

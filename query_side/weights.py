@@ -2,12 +2,14 @@
 
 import math
 from http.client import HTTPException
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from blip_lite.checkpoint import check_finite, read_safetensors, unwrap
 
+POCKET = Path(__file__).parents[1] / "pocket" / "pocketnet.pth"  # pocket.classify wrote it
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std; RGB in 0..1
 LEFT_OUT = ("classifier.", "head.", "head_dist.")  # a classifier's last layers, by their names
 CONSTANTS = ("num_batches_tracked", "attention_bias_idxs")  # follow from the network's shape

@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = 100
 LINES = {  # file or folder -> the most lines
     "isa.py": 190, "train.py": 220, "evaluate.py": 260, "search.py": 160, "blip_lite": 950,
-    "clip_lite": 480, "query_side": 825, "baselines": 700, "benchmarks": 775, "pocket": 1375,
-    "paper": 1150, "plumbing": 1630, "README.md": 150,
+    "clip_lite": 482, "query_side": 830, "baselines": 700, "benchmarks": 775, "pocket": 1530,
+    "paper": 1160, "plumbing": 1630, "README.md": 150,
 }
 LEVELS = [  # imports point from later levels to earlier ones, never within a level
-    {"blip_lite", "isa"}, {"clip_lite"}, {"plumbing"}, {"query_side", "benchmarks", "pocket"},
+    {"blip_lite", "isa"}, {"clip_lite"}, {"plumbing"}, {"query_side", "benchmarks"}, {"pocket"},
     {"baselines"}, {"train", "evaluate", "search"}, {"paper"},
 ]
 TOP = {
@@ -78,8 +78,8 @@ def check():
     for name, most in LINES.items():
         parts = tracked(name if "." in name else f"{name}/*.py")
         promise(name, sum(map(height, parts)), most, " lines")
-    promise("product", sum((ROOT / p).stat().st_size for p in product), 414_000, " bytes")
-    promise("tests", sum((ROOT / p).stat().st_size for p in tracked("tests")), 560_000, " bytes")
+    promise("product", sum((ROOT / p).stat().st_size for p in product), 425_000, " bytes")
+    promise("tests", sum((ROOT / p).stat().st_size for p in tracked("tests")), 570_000, " bytes")
     lines = [line for path in product for line in (ROOT / path).read_text().splitlines()]
     long = sum(len(line) > COLUMNS for line in lines)
     promise(f"lines over {COLUMNS} columns", long, int(0.03 * len(lines)))

@@ -307,6 +307,7 @@ CASES = [
         ("x.pth", "x.pth|refused|torch.save", {"x.pth": EVIL}),
         ("none.pth", "none.pth|cannot be read|path"), ("{isa}", "isa.pt|plain state dict"),
         ("{blip}", "blip.pth|do not fit this encoder"),
+        ("pocket --encoder mobilenet_v2", "pocket.classify --encoder mobilenet_v2 --out FILE"),
         ("x.pth", "x.pth|NaN|download", {"x.pth": weights(lambda w: {
             k.removeprefix("encoder."): v * torch.nan if v.is_floating_point() else v
             for k, v in w.items() if k.startswith("encoder.")})})),

@@ -13,6 +13,7 @@ import torch
 from conftest import SHARED
 
 import evaluate
+import query_side
 import train
 from baselines import searle
 from paper import __main__ as command
@@ -21,6 +22,7 @@ from paper.__main__ import ALL, main, needed, parse_args, section
 from paper.numbers import METHODS, NUMBERS, ROWS, RUNS
 from paper.runs import call, evaluation, missing, shown, training
 from paper.tables import COLUMNS, TABLES, table, title_of
+from pocket import classify
 
 PAPER = SHARED / "paper" / "isa_paper.txt"
 SECTIONS = [name for name in NUMBERS if name != "cost"]
@@ -71,7 +73,7 @@ def test_rows_fit_runs_and_numbers():
     of_clip = {f"clip {method}" for method in METHODS["clip"]}
     assert {x for x in ours - RUNS.keys() - methods if x[:6] != "needs "} == of_clip
     assert not RUNS.keys() & methods and methods <= {*evaluate.METHODS}
-    wanted = {run for run, _ in needed(ALL, [0], imagenet=True)}
+    wanted = {run for run, _ in needed(ALL, [0])}
     assert wanted == RUNS.keys() | METHODS.keys()
     used = {(f"{heading} {entry.printed}", name) for entry in TABLES.values()
             for heading in entry.headings for row in ROWS[entry.rows].values()
@@ -104,8 +106,9 @@ def test_what_a_table_needs():
     assert needed(["fig7"], [3, 4]) == {("tokens-2", 3): [], ("isa", 3): []}
     some = needed(["lar"], [0, 1])
     assert ("lar-weight-3", 0) in some and ("lar-weight-3", 1) not in some
-    weighted = {run for run, _ in needed(["6"], [0], imagenet=True)}
-    assert {run for run, _ in needed(["6"], [0])} == {run for run in weighted if "-" not in run}
+    networks = {*query_side.NAMES} - {"pocketnet", *query_side.encoders.BLIPS} | {"isa"}
+    wanted = {name + start for name in networks for start in ("", "-pocket")}
+    assert {run for run, _ in needed(["6"], [0])} == wanted
     assert needed(["1", "17"], [0]) == {}
 
 
@@ -158,6 +161,20 @@ def test_runs_on_clip_are_of_pocket_clip(here, pocket_clip):
     assert cells(table("2", [0]), "CLIP: image-only")[0][0][1:3] == ["12.00", "7.40"]
 
 
+def test_an_encoders_weights_are_made_once_and_first(here):
+    first, then, _ = missing("mobilenet_v2-pocket", 2, ["test"], "f", threads=1)
+    assert shown(first) == ("python -m pocket.classify --encoder mobilenet_v2 --query-size 96 "
+                            "--out runs/tables/mobilenet_v2.pth --threads 1")
+    options = classify.parse_args(first[2:])
+    settings = vars(train.parse_args(then[1:]))
+    assert settings["pretrained"] == options.out
+    assert all(settings[name] == getattr(options, name) for name in ("encoder", "query_size"))
+    (here / "runs/tables").mkdir(parents=True)
+    (here / options.out).touch()
+    assert missing("mobilenet_v2-pocket", 1, ["test"], "f", 1)[0][0] == "train.py"
+    assert missing("isa-pocket", 1, ["test"], "f")[0][0] == "train.py"  # shipped
+
+
 def test_what_is_half_done_or_differs_is_run_again(here, monkeypatch):
     def ends(run="gcd", **state):
         fabricate(run, 0, **state)
@@ -183,7 +200,8 @@ def test_commands_prints_and_runs_nothing(here, capsys, pocket_blip, monkeypatch
     out = capsys.readouterr().out
     start = "python train.py --epochs 1 --seed 0 --name tables/isa-0 --threads 1 --resume"
     assert out.startswith(f"{start} && python evaluate.py table") and "isa-1" not in out
-    assert out.count("python train.py") == 1 + 2 * 4 and "'reference caption'" in out
+    assert out.count("python train.py") == 1 + 2 * 5 and "'reference caption'" in out
+    assert out.count("\npython -m pocket.classify --encoder efficientvit_m2") == 2
     assert out.count("\npython -m baselines.searle --count") == 2
     assert "\npython evaluate.py table --split test --methods image text image+text --clip" in out
 
@@ -324,7 +342,7 @@ def test_mean_and_spread_stand_in_their_cells(here):
 
 @pytest.mark.parametrize("name, label, start", [
     ("4", "Pic2Word", ["not run", "21.35", "", "42.68"]),
-    ("4", "ISA, EfficientViT", ["needs ImageNet weights", "25.48", ""]),
+    ("4", "ISA, EfficientViT", ["not run", "25.48", ""]),
     ("15", "supervised: CLIP4Cir", ["needs triplets", "33.60"]),
 ])
 def test_a_row_without_ours_says_why(here, name, label, start):
