@@ -35,9 +35,8 @@ def attention(q, k, v, mask=None, rows=None, head_width=HEAD_WIDTH):
     mask = mask[:, None, None, :] if mask is not None and mask.dim() == 2 else mask
     if rows is not None:  # [M, heads, S, 64] -> [B, heads, S, 64], contiguous for what follows
         k, v = (x.contiguous().index_select(0, rows) for x in (k, v))
-    grad = torch.is_grad_enabled() and q.requires_grad
-    if not q.is_cuda and (grad or q.dtype == torch.bfloat16):
-        out = attention_weights(q, k, mask) @ v  # here faster on a CPU than the fused kernel
+    if torch.is_grad_enabled() and q.requires_grad and not q.is_cuda:
+        out = attention_weights(q, k, mask) @ v  # faster than the fused kernel if backward follows
     else:
         out = F.scaled_dot_product_attention(q, k, v, mask)
     return out.transpose(1, 2).flatten(2)  # [B, heads, T, 64] -> [B, T, D]

@@ -234,7 +234,7 @@ SIGNALS = pytest.mark.parametrize("number", [
 def test_stopped_while_features_are_stored(trained, small_world, tmp_path, number, script):
     options = {"train.py": [*trained.options, "--name", "a"], "evaluate.py": [
         "table", "--benchmark", "cirr", "--data", small_world / "cirr", "--methods", "image",
-        "--picture", "", "--precision", "fp32"]}[script]
+        "--picture", "", "--precision", "fp32", "--workers", 1]}[script]
     process = begin(script, *options, cwd=tmp_path)
     assert poll(exists(tmp_path, "cache/features-*.tmp/rows-*.json"), process)
     os.killpg(process.pid, number)
