@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import blip_lite
 from plumbing import command, options, precision
 
 
@@ -123,7 +124,8 @@ def test_precision_follows_the_processor(monkeypatch, flags):
     assert dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[picked]
 
 
-def test_rounded_weights_give_what_autocast_gives(pocket_blip, monkeypatch):
+def test_rounded_weights_give_what_autocast_gives(monkeypatch):
+    pocket_blip = blip_lite.load("pocket")  # its own: another test may have packed the shared one
     monkeypatch.setattr(precision, "packing_pays", lambda: False)
     rounded = copy.deepcopy(pocket_blip)
     precision.round_frozen_weights(rounded, "fp32")
@@ -162,7 +164,8 @@ def test_freed_memory_is_kept():
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="no oneDNN")
 @pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-6), ("bf16", 1e-2)])
-def test_packed_products_give_what_plain_ones_give(pocket_blip, monkeypatch, dtype, tolerance):
+def test_packed_products_give_what_plain_ones_give(monkeypatch, dtype, tolerance):
+    pocket_blip = blip_lite.load("pocket")
     monkeypatch.setattr(precision, "packing_pays", lambda: True)
     packed = copy.deepcopy(pocket_blip)
     precision.round_frozen_weights(packed, dtype)
