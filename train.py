@@ -68,6 +68,7 @@ def parse_args(argv=None):
     add("--loss", choices=("gcd+lar", "gcd", "lar", "gcd+llm"), default="gcd+lar",
         help="Eq. 8, one of its terms, or SEARLE's text regularization for LAR (Tables 8, 14)")
     add("--lar-weight", type=float, default=1.0, help="of LAR beside GCD; 1 in Eq. 8")
+    add("--temperature", type=float, help="tau of Eq. 5, not printed (default: BLIP's own)")
     add("--sentences", default="pocket/sentences.json", help="gcd+llm: {concept: [sentences]}")
     add("--epochs", type=int, help="a quarter is linear warm-up, the rest cosine annealing")
     add("--batch", type=int, help="images a step, over all processes; larger: more negatives")
@@ -88,7 +89,7 @@ def parse_args(argv=None):
     p.set_defaults(**PRESETS[p.parse_known_args(argv)[0].preset])
     args = p.parse_args(argv)
     check_options(p, args, epochs=1, batch=2, micro_batch=1, tokens=1, save_every=1, randaugment=0,
-                  weight_decay=0, shuffle_buffer=1, query_size=1, lar_weight=0)
+                  weight_decay=0, shuffle_buffer=1, query_size=1, lar_weight=0, temperature=1e-3)
     if args.lr <= 0 or not 0 < args.crop <= 1:
         p.error(f"--lr has to be positive and --crop in (0, 1], not {args.lr} and {args.crop}")
     if args.mapper == "mlp" and args.tokens != 1:
@@ -110,8 +111,7 @@ def learning_rate(step, steps, peak):
 def prepare(args):
     """-> the run's folder, settings, blip, query_model, data; what can fail fails here, early."""
     settings, run = {**vars(args), "device": join_processes(args.device)}, Path("runs") / args.name
-    rank, processes = process()
-    begun = (run / "last.pt").exists()
+    (rank, processes), begun = process(), (run / "last.pt").exists()
     if begun and not (args.resume or args.overwrite):
         raise ValueError(f"{run} already holds a run; continue it with --resume, replace it with "
                          "--overwrite or give another --name")
@@ -144,6 +144,7 @@ def train(args):
 
     parameters = [p for p in query_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    weights = {"gcd": float("gcd" in args.loss), "lar": args.lar_weight, "llm": 1.0}
     state = settings, blip, data.count, query_model, optimizer
     first = resume_run(run, *state) if args.resume and (run / "last.pt").exists() else 0
     speak = compiled(query_model, device) if args.compile else query_model
@@ -158,6 +159,7 @@ def train(args):
         if first:  # a kill may have come between last.pt and isa.pt
             save_run(run, first, *state)
 
+    tau = args.temperature or blip.temperature
     began, stop = time.time(), note_signals(at_once=processes == 1)
     bar = tqdm(data.from_step(first), "training", data.steps, initial=first, disable=rank or None)
     for step, (pixels, v, F_v) in enumerate(bar, start=first):
@@ -170,30 +172,28 @@ def train(args):
             if args.gallery == "query":  # both sides trained: v and F^v are its own
                 U, v, F_v = U
             words, mask = isa.compose_query(blip, U, prompt=args.prompt)
-            t = blip.encode_text(words, mask)  # [b, E]
-        gcd = isa.global_contrastive_distillation(gather(v), gather(t), blip.temperature)  # all B
-        beside, weight, matched = torch.zeros((), device=device), 1.0, math.nan
+            t = blip.encode_text(words, mask)  # [b, E]; gathered, [B, E]
+        terms, seen = {"gcd": isa.global_contrastive_distillation(gather(v), gather(t), tau)}, {}
         with autocast(device, precision):
-            if "lar" in args.loss and gcd.isfinite():  # no negatives can be drawn from NaN
-                beside, logits, labels = isa.local_alignment_regularization(
-                        blip, words, mask, F_v.float(), v, t, return_logits=True)
-                weight, matched = args.lar_weight, (logits.argmax(1) == labels).float().mean()
+            if "lar" in args.loss and terms["gcd"].isfinite():  # no negatives can be drawn from NaN
+                terms["lar"], logits, labels = isa.local_alignment_regularization(
+                    blip, words, mask, F_v.float(), v, t, return_logits=True)
+                seen["matched"] = (logits.argmax(1) == labels).float().mean()
             elif sentences:
-                beside = text_regularization(U, v)
-        loss = ("gcd" in args.loss) * gcd * processes + weight * beside  # Eq. 8; see gather
+                terms["llm"] = text_regularization(U, v)
+        loss = sum(weights[name] * term for name, term in terms.items())  # Eq. 8
 
-        gcd, beside, matched, stopped = agree(gcd.detach(), beside.detach(), matched, len(stop))
-        if not math.isfinite(gcd + beside):
-            raise ValueError(f"the loss is {gcd + beside} at step {step}; lower --lr and start "
+        row = {"loss": loss, **terms, **seen}
+        *means, stopped = agree(*row.values(), len(stop))
+        row = dict(zip(row, means, strict=True))
+        if not math.isfinite(row["loss"]):
+            raise ValueError(f"the loss is {row['loss']} at step {step}; lower --lr and start "
                              "again with --overwrite")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
         done, speed = step + 1, (step + 1 - first) * data.batch / (time.time() - began)
-        row = {"loss": ("gcd" in args.loss) * gcd + weight * beside, "gcd": gcd}
-        row |= {"lar": beside, "matched": matched} if "lar" in args.loss else {}
-        row |= {"llm": beside} if sentences else {}
         bar.set_postfix({**row, "img/s": speed}, refresh=False)
         if rank == 0 and (done % 20 == 0 or done == data.steps):
             log_row(run / "log.jsonl", {"step": done, "images_per_s": round(speed), **row})

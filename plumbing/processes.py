@@ -29,22 +29,21 @@ def from_the_first(value):
 def gather(x):
     """[b, E] of this process -> [B, E] of all, in the order of ranks.
 
-    Gradients flow through its own rows only, and DDP averages them: the caller multiplies the loss
-    by the number of processes.
+    Gradients flow through its own rows only, times the number of processes: DDP divides by it.
     """
     rank, processes = process()
     if processes == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(processes)]
     dist.all_gather(parts, x.detach().contiguous())
-    parts[rank] = x
+    parts[rank] = x.detach() + processes * (x - x.detach())  # x itself, with its gradient scaled
     return torch.cat(parts)
 
 
 def agree(*values):
     """Means over all processes of some scalars, the first a tensor, as floats; one sync for all."""
     like = dict(dtype=torch.float32, device=values[0].device)
-    values = torch.stack([torch.as_tensor(v, **like) for v in values])
+    values = torch.stack([torch.as_tensor(v, **like).detach() for v in values])
     if process()[1] > 1:
         dist.all_reduce(values)
     return (values / process()[1]).tolist()

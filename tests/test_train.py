@@ -45,7 +45,7 @@ def test_presets_are_the_papers_and_can_be_overridden():
     ("--preset paper --blip x", "--images"), *((wrong, wrong.split()[0]) for wrong in (
         "--epoch 3", "--encoder resnet", "--lr 0", "--lr nan", "--lr fast", "--crop 0",
         "--crop 1.5", "--epochs 0", "--batch 1", "--tokens 0", "--save-every 0", "--threads -1",
-        "--workers -2", "--weight-decay -1", "--lar-weight -1", "--query-size 0",
+        "--workers -2", "--weight-decay -1", "--lar-weight -1", "--query-size 0", "--temperature 0",
         "--shuffle-buffer 0", "--randaugment -1", "--randaugment 31", "--seed -1",
         f"--seed {2**32}", "--device abacus", "--micro-batch 0")),
 ])
@@ -148,6 +148,15 @@ def test_the_log_holds_the_accuracy_of_matching(here, monkeypatch):
     monkeypatch.setattr(isa, "local_alignment_regularization", recorded)
     (row,) = log(here("a"))
     assert len(right) == 6 and row["matched"] == pytest.approx(right[-1] / 24, abs=1e-4)
+
+
+def test_gcd_has_its_own_temperature(here, monkeypatch, pocket_blip):
+    gcd, seen = isa.global_contrastive_distillation, []
+    monkeypatch.setattr(isa, "global_contrastive_distillation",
+                        lambda v, t, tau: seen.append(tau) or gcd(v, t, tau))
+    here("soft", "--temperature", 0.5, "--epochs", 1)
+    here("own", "--epochs", 1)
+    assert seen == [0.5] * 3 + [pocket_blip.temperature] * 3
 
 
 def test_training_learns(here):
