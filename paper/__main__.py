@@ -4,22 +4,23 @@
     python -m paper commands 5      # prints what is missing, a line per run, to run side by side
     python -m paper all             # everything, into paper/RESULTS.md (--as-is: trains nothing)
     python -m paper 1 17 fig5       # costs at the paper's sizes; paper/figures/fig5.png
+    python -m paper agreement       # how many pairs of rows stand in the paper's order
     python -m paper beyond          # what the paper does not ask, into paper/BEYOND.md
 
 Our images, BLIP and query network are the pocket world's: compare the order of rows, not the two
-numbers in a cell. Runs are kept in runs/tables/NAME-SEED; stopped ones resume.
+numbers in a cell. Runs are kept in runs/tables/NAME-SEED; stopped ones resume. `all` also writes
+every number to paper/results.json, from which --as-is prints the rows that were not run here.
 """
 
 import argparse
 import os
-import re
 import signal
+from collections import Counter
 from pathlib import Path
 
 import blip_lite
-import query_side
 import train
-from paper import beyond, costs, figures, lar, numbers, runs, stress, tables
+from paper import agreement, beyond, costs, figures, lar, numbers, results, runs, stress, tables
 from plumbing.command import run_command
 from plumbing.files import check_output, replacing
 from plumbing.options import add_shared_options, check_options
@@ -27,7 +28,7 @@ from plumbing.options import add_shared_options, check_options
 BEYOND = {"stronger": beyond.stronger_table, "rerank": beyond.rerank_table,
           "cost": beyond.rerank_cost, "growth": stress.growth_table,
           "robustness": stress.robustness_table}
-ALL = (*map(str, range(1, 21)), "fig3", "lar", *figures.FIGURES)
+ALL = (*map(str, range(1, 21)), "fig3", "lar", *figures.FIGURES, "agreement")
 
 
 def needed(names, seeds):
@@ -55,6 +56,8 @@ def section(name, args):
     title = tables.title_of(name)
     if name in ("1", "17"):
         lines = costs.cost_table() if name == "1" else costs.latency_table(args.threads)
+    elif name == "agreement":
+        lines = agreement.agreement_table(args.seeds)
     elif name in BEYOND:
         lines = measured(name, args)
     elif name in figures.FIGURES:
@@ -91,21 +94,20 @@ def measured(name, args):
     return lines
 
 
-def preamble(args):
-    """The head of RESULTS.md: the recipe of every row, seeds, machine and time; or BEYOND.md's."""
+def preamble(args, entries):
+    """The head of RESULTS.md: the recipe of every row, seeds, machines and time, from the entries
+    of results.json; or BEYOND.md's."""
     if not args.all:
         text = numbers.NOTES["BEYOND.md"].format(
             seeds=", ".join(map(str, args.seeds)), machine=costs.machine(args.threads))
         return ["# Beyond the paper", "", text, ""]
     recipe = vars(train.parse_args(runs.training("isa", 0)[1:]))
-    paths = runs.HOME.glob("isa-*/isa.pt")
-    images = sorted({query_side.read_checkpoint(path)["images"] for path in paths})
-    logs = [path.read_text() for path in runs.HOME.glob("*/log.txt")]
-    seconds = sum(int(s) for log in logs for s in re.findall(r"^\S+: (\d+) s$", log, re.M))
+    machines = Counter(entry["machine"] for entry in entries.values())
     text = numbers.NOTES["RESULTS.md"].format(
-        recipe=recipe, images=" or ".join(map(str, images)) or "all", runs=len(logs),
-        searle=numbers.RUNS["searle"][-1], seeds=", ".join(map(str, args.seeds)),
-        machine=costs.machine(args.threads), hours=seconds / 3600,
+        recipe=recipe, runs=len(entries), searle=numbers.RUNS["searle"][-1],
+        seeds=", ".join(map(str, args.seeds)),
+        machines="; ".join(f"{words} ({n} runs)" for words, n in machines.most_common()),
+        hours=sum(entry["seconds"] for entry in entries.values()) / 3600,
     )
     return ["# Results: every table and figure of the paper, ours beside the paper's", "", text, ""]
 
@@ -154,7 +156,11 @@ def main(args):
                 print(" && ".join(map(runs.shown, commands)))
         return
     failures = [] if args.as_is else runs.run_missing(wanted, args.threads, fingerprint)
-    lines = preamble(args) if args.all or args.beyond else []
+    entries = {}
+    if args.all:
+        entries = results.collect(args.seeds, costs.machine(args.threads), fingerprint)
+        results.write(entries, Path(args.out).with_name(results.FILE.name))
+    lines = preamble(args, entries) if args.all or args.beyond else []
     for name in args.names:
         made = section(name, args)
         print("\n".join(made), flush=True)

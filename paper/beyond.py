@@ -16,7 +16,7 @@ from paper.runs import folder
 from paper.tables import cell, markdown
 from plumbing.precision import autocast, open_blip, round_frozen_weights
 
-RUN = "isa-full"  # of runs.md: `python train.py`, seed by seed
+RUN = "isa"  # of runs.md: `python train.py`, seed by seed
 HEADS = {"cirr": "CIRR R@1", "fashioniq": "FashionIQ R@10", "circo": "CIRCO mAP@5"}
 TEXT, SUMS = "reference caption", ("image+text", "weighted")
 

@@ -12,8 +12,9 @@ import evaluate
 import isa
 import query_side
 from paper.numbers import NOTES, ROWS
+from paper.results import measured
 from paper.runs import folder, seeds_of
-from paper.tables import cell, markdown, measured, value
+from paper.tables import cell, markdown, value
 from plumbing.pictures import nearest_words, word_rows
 from pocket.specs import EDIT_KINDS
 

@@ -24,7 +24,6 @@ from paper.numbers import METHODS, RUNS
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = Path("runs/tables")
-BUDGET = ["--epochs", "1"]  # of every training, unless its options say more
 ONE_SEED = {"lar-weight-0.3", "lar-weight-3"}  # trends, not rows of the paper
 FOLDERS = {f"clip {method}" if run == "clip" else method: run
            for run, methods in METHODS.items() for method in methods}
@@ -49,7 +48,7 @@ def seeds_of(run, seeds):
 
 def training(run, seed, threads=0):
     """The command that trains a run of RUNS, without the interpreter."""
-    script = ["-m", "baselines.searle"] if "searle" in run else ["train.py", *BUDGET]
+    script = ["-m", "baselines.searle"] if "searle" in run else ["train.py"]
     command = [*script, *RUNS[run], "--seed", str(seed), "--name", f"tables/{run}-{seed}"]
     return command + (["--threads", str(threads)] if threads else [])
 
