@@ -40,7 +40,7 @@ CLIP_SIZES = dict(max_positions=77, quick=True, image_heads=2, text_heads=2, ima
                   text_hidden=512)
 CLIP_VOCAB = VOCAB.with_name("merges.txt")
 DEFAULTS = (dict(steps=6500, out=VOCAB.with_name("blip.pth")),
-            dict(steps=1200, out=VOCAB.with_name("clip.pth")))  # CLIP's
+            dict(steps=4000, out=VOCAB.with_name("clip.pth")))  # CLIP's
 LATE_AT = 1750  # step from which captions also correct themselves at length
 HARD_AT = 2000  # step from which ITM's negatives are as hard as BLIP's
 WARMUP = 200  # steps of each phase
@@ -329,7 +329,7 @@ def parse_args(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add, first = parser.add_argument, PHASES[-1].first
     add("--clip", action="store_true", help="train pocket CLIP, by ITC alone")
-    add("--steps", type=int, help="fewer mean a weaker model (default: 6500, CLIP 1200)")
+    add("--steps", type=int, help="fewer mean a weaker model (default: 6500, CLIP 4000)")
     add("--batch", type=int, default=192, help="pairs a step")
     add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
     add("--seed", type=int, default=0, help="with --validate, of the images")
