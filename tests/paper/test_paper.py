@@ -112,7 +112,7 @@ def test_what_a_table_needs():
     some = needed(["lar"], [0, 1])
     assert ("lar-weight-3", 0) in some and ("lar-weight-3", 1) not in some
     networks = {*query_side.NAMES} - {"pocketnet", *query_side.encoders.BLIPS} | {"isa"}
-    wanted = {name + start for name in networks for start in ("", "-pocket")}
+    wanted = {name + start for name in networks for start in ("", "-pocket")} | {"isa-pocket-soft"}
     assert {run for run, _ in needed(["6"], [0])} == wanted
     assert needed(["1", "17"], [0]) == {}
 
