@@ -42,7 +42,7 @@ def add_shared_options(parser, *names):
     return parser.add_argument
 
 
-def check_options(parser, args, **least):
+def check_options(parser, args, most=MOST, **least):
     """Usage errors for what argparse accepts but no command can use. least: option=number."""
     least = LEAST | least
     for name, value in vars(args).items():
@@ -51,8 +51,8 @@ def check_options(parser, args, **least):
             parser.error(f"{option} has to be a finite number, not {value}")
         if value is not None and name in least and value < least[name]:
             parser.error(f"{option} has to be at least {least[name]}, not {value}")
-        if name in MOST and value > MOST[name]:
-            parser.error(f"{option} has to be at most {MOST[name]}, not {value}")
+        if name in most and value > most[name]:
+            parser.error(f"{option} has to be at most {most[name]}, not {value}")
     if getattr(args, "clip", None) and hasattr(args, "blip"):
         if args.blip not in (None, "pocket"):
             parser.error(f"give --blip {args.blip} or --clip {args.clip}, not both")

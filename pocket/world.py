@@ -272,7 +272,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="another one draws other images")
     add("--scale", type=float, default=1.0, help="of its size; 0.02 is enough for a test")
     args = parser.parse_args(argv)
-    check_options(parser, args)
+    check_options(parser, args, most={"seed": 2**63 - 1})  # a held-out world's cannot be searched
     if not 0 < args.scale <= 100:
         parser.error(f"--scale has to be above 0 and at most 100, not {args.scale}")
     return args

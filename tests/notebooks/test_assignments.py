@@ -3,6 +3,7 @@
 import ast
 import copy
 import csv
+import inspect
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 for module in ("matplotlib", "ipykernel", "nbformat", "nbclient"):
     pytest.importorskip(module, reason="notebooks/requirements.txt is not installed")
@@ -18,19 +20,19 @@ for module in ("matplotlib", "ipykernel", "nbformat", "nbclient"):
 import nbformat  # noqa: E402
 
 import benchmarks  # noqa: E402
-from notebooks.assignments import assignment, leaderboard  # noqa: E402
+from notebooks.assignments import assignment, checks, grading, leaderboard, suspicions  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "notebooks/assignments/assignment.py"
 
 
-@pytest.fixture(scope="module", params=assignment.NUMBERS)
+@pytest.fixture(scope="module", params=grading.NUMBERS)
 def source(request):
-    return assignment.read_source(request.param)
+    return grading.read_source(request.param)
 
 
 def cell_of(notebook, name):
-    return next(cell for cell in notebook.cells if assignment.mark(cell).get("grade_id") == name)
+    return next(cell for cell in notebook.cells if grading.mark(cell).get("grade_id") == name)
 
 
 # ---- sources and release
@@ -44,13 +46,13 @@ def test_marks_are_nbgraders(source):
     assert sum(m.points for m in marks if m.grade and not m.solution) == 40
     assert sum(m.points for m in marks if m.grade and m.solution) == 5
     for cell in source.cells:
-        kind = assignment.mark(cell).get("cell_type")
+        kind = grading.mark(cell).get("cell_type")
         assert kind == cell.cell_type or cell.cell_type == "markdown" and kind is None
 
 
 def test_sources_are_executed_and_small(source):
     assert len(nbformat.writes(source)) < 100_000
-    for cell in filter(assignment.is_test, source.cells):
+    for cell in filter(grading.is_test, source.cells):
         said = "".join(output.text for output in cell.outputs)
         assert ": passed" in said, cell.metadata.nbgrader.grade_id
 
@@ -72,13 +74,13 @@ def test_release_contains_no_solution_no_hidden_test_and_no_output(source):
         if mine.cell_type == "code":
             assert not theirs.outputs and theirs.execution_count is None
             tree = ast.parse(theirs.source)
-            if assignment.mark(mine)["solution"]:
+            if grading.mark(mine)["solution"]:
                 assert "TODO" in theirs.source
                 for function in (n for n in tree.body if isinstance(n, ast.FunctionDef)):
                     stub = f"raise NotImplementedError('{function.name}')"
                     assert ast.unparse(function.body[-1]) == stub
-        elif assignment.is_read_by_teacher(mine):
-            assert theirs.source == assignment.TO_BE_WRITTEN
+        elif grading.is_read_by_teacher(mine):
+            assert theirs.source == grading.TO_BE_WRITTEN
 
 
 def test_release_command(call_script, tmp_path):
@@ -97,9 +99,11 @@ def test_what_is_not_a_notebook_is_reported_in_a_sentence(call_script, tmp_path)
     for path in paths:
         done = call_script(SCRIPT, "grade", 1, path)
         assert done.status == 1 and f"{path.name}: " in done.message and len(done.message) < 300
-    done = call_script(SCRIPT, "grade", 1, *paths[:2], "--csv", tmp_path / "g.csv")
+    done = call_script(SCRIPT, "grade", 1, *paths[:2])
+    assert done.status == 2 and "more than one submission: give --out" in done.message
+    done = call_script(SCRIPT, "grade", 1, *paths[:2], "--out", tmp_path / "grades")
     assert done.status == 1 and "a.ipynb: is not" in done.out and "b.ipynb: is not" in done.out
-    rows = list(csv.DictReader((tmp_path / "g.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "grades/grades.csv").open()))
     assert [row["points"] for row in rows] == ["0", "0"]
     assert "is not a Jupyter notebook" in rows[0]["remarks"]
 
@@ -108,41 +112,241 @@ def test_what_is_not_a_notebook_is_reported_in_a_sentence(call_script, tmp_path)
 def test_tests_and_setup_come_from_the_source_whatever_is_submitted(source):
     submission = copy.deepcopy(source)
     for cell in submission.cells:
-        if assignment.mark(cell).get("locked"):
+        if grading.mark(cell).get("locked"):
             cell.source = "print('passed')"
-    submission.cells = [cell for cell in submission.cells if not assignment.is_test(cell)][::-1]
-    steps, _ = assignment.assemble(source, submission)
-    right, remarks = assignment.assemble(source, source)
+    submission.cells = [cell for cell in submission.cells if not grading.is_test(cell)][::-1]
+    steps, _ = grading.assemble(source, submission)
+    right, remarks = grading.assemble(source, source)
     assert steps == right and not remarks
 
 
 def test_added_doubled_and_missing_cells():
-    source = assignment.read_source(1)
+    source = grading.read_source(1)
     submission = copy.deepcopy(source)
     place = submission.cells.index(cell_of(submission, "pool"))
     submission.cells.insert(place, nbformat.v4.new_code_cell("helper = 1"))
     submission.cells.insert(place + 2, copy.deepcopy(submission.cells[place + 1]))
     submission.cells.remove(cell_of(submission, "attend"))
-    steps, remarks = assignment.assemble(source, submission)
+    steps, remarks = grading.assemble(source, submission)
     order = [step.name for step in steps]
     at = order.index("a cell before pool")
     assert order[at : at + 4] == ["a cell before pool", "pool", "pool", "test-pool"]
     assert steps[at].source == "helper = 1"
     assert remarks == ["the cell attend is missing"]
-    for cell in submission.cells:  # an editor that drops all marks
-        cell.metadata.pop("nbgrader", None)
-    steps, remarks = assignment.assemble(source, submission)
-    kinds = [step.kind for step in steps]
-    assert "student" not in kinds[kinds.index("test") :] and "the cell pool is missing" in remarks
-    assert any("def pool" in step.source for step in steps)
 
 
-def test_a_copy_of_isa_is_remarked():
-    source = assignment.read_source(1)
+def test_an_editor_that_drops_all_marks_costs_nothing_and_causes_no_remark(source):
+    for submission in (copy.deepcopy(source), assignment.release(source)):
+        right = grading.assemble(source, submission)
+        answers = [grading.prose(source, submission, cell)
+                   for cell in filter(grading.is_read_by_teacher, source.cells)]
+        for cell in submission.cells:
+            cell.metadata.clear()
+        assert grading.assemble(source, submission) == right and not right[1]
+        assert answers == [grading.prose(source, submission, cell)
+                           for cell in filter(grading.is_read_by_teacher, source.cells)]
+
+
+def test_a_function_without_mark_under_another_name_is_a_missing_cell():
+    source = grading.read_source(1)
     submission = copy.deepcopy(source)
-    cell_of(submission, "attend").source = "import isa\nattend = isa.attend"
-    remark = "attend mentions isa, which contains a solution: read it"
-    assert assignment.assemble(source, submission)[1] == [remark]
+    for cell in submission.cells:
+        cell.metadata.clear()
+        cell.source = cell.source.replace("def pool(", "def my_pool(")
+    steps, remarks = grading.assemble(source, submission)
+    kinds = [step.kind for step in steps]
+    assert remarks == ["the cell pool is missing"] and "student" in kinds[: kinds.index("test")]
+    assert any("def my_pool" in step.source for step in steps)
+
+
+def test_the_other_assignment_is_named_in_one_remark(source):
+    for number in grading.NUMBERS:
+        submission = grading.read_source(number)
+        for cell in submission.cells if number == 2 else ():
+            cell.metadata.clear()  # known even then
+        if grading.other_assignment(source, submission) is None:
+            assert cell_of(source, "setup") and submission.cells[0].source == source.cells[0].source
+            continue
+        result = grading.grade(source, submission)
+        said = f"this is assignment {number}: grade it by `assignment.py grade {number}`"
+        assert result["remarks"] == [said] and result["points"] == 0 and result["possible"] == 40
+        assert len(result["tests"]) >= 10
+        assert "this is assignment" in assignment.report(result)
+
+
+def test_prose_counts_wherever_it_stands_below_its_question(source):
+    cell = next(filter(grading.is_read_by_teacher, source.cells))
+    place = source.cells.index(cell)
+    for new, at in (("below", place + 1), ("above", place)):
+        submission = assignment.release(source)
+        assert grading.prose(source, submission, cell) == ""
+        submission.cells.insert(at, nbformat.v4.new_markdown_cell(f"my answer {new}"))
+        assert grading.prose(source, submission, cell) == f"my answer {new}"
+    submission.cells[place + 1].source = "and here"
+    assert grading.prose(source, submission, cell) == "my answer above\n\nand here"
+    submission.cells.insert(2, nbformat.v4.new_markdown_cell("a note elsewhere"))
+    assert "elsewhere" not in grading.prose(source, submission, cell)
+
+
+# ---- stand-ins, parts and messages of the tests
+def test_stand_ins_have_the_documented_signatures():
+    documented = {}
+    for number in grading.NUMBERS:
+        for cell in filter(grading.is_answer, grading.read_source(number).cells):
+            for node in ast.parse(cell.source).body:
+                if isinstance(node, ast.FunctionDef):
+                    documented[node.name] = node.args
+    for name, function in checks.STAND_INS.items():
+        wanted = documented[name]
+        names = list(inspect.signature(function).parameters.values())
+        assert [p.name for p in names] == [a.arg for a in wanted.args], name
+        given = [p.default for p in names if p.default is not p.empty]
+        if given:
+            assert given == [ast.literal_eval(d) for d in wanted.defaults], name
+
+
+def test_no_test_compares_floats_exactly(source):
+    """A float may only stand on a side of < or >, or in expect_close."""
+    for cell in filter(grading.is_test, source.cells):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.NotEq):
+                sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+                assert not any(re.search(r"/|\d\.\d|recall|mean|max\(\)", s) for s in sides), sides
+        assert "torch.equal" not in cell.source and "isclose" not in cell.source
+
+
+def test_parts_of_a_test_are_at_most_its_points(source):
+    for cell in filter(grading.is_test, source.cells):
+        found = re.findall(r"checks\.part\(([\d.]+)(?:, \"(.*?)\")?\)", cell.source)
+        parts = {name or i: float(points) for i, (points, name) in enumerate(found)}
+        loops = {"test-blind-spots": 5, "test-negative-probabilities": 4 / 3}
+        times = loops.get(grading.mark(cell)["grade_id"], 1)
+        assert sum(parts.values()) * times <= grading.mark(cell)["points"] + 1e-9
+
+
+def test_right_stand_ins_are_isas_learner():
+    made, x = checks.learner(seed=3), checks.random(2, 5, 3, 4, seed=1)
+    p = checks.weights(made)
+    pixels, A = checks.right_group(x, p)
+    Z = checks.right_look_back(checks.right_refine(checks.right_pool(pixels, A), p), pixels, p)
+    checks.expect_close(made.W_p(Z), made(x), "U")
+    assert checks.right_count(5, 7, 3, 4, 6, 8) == sum(w.numel() for w in made.parameters())
+
+
+def failure(*arguments):
+    with pytest.raises(AssertionError) as failed:
+        checks.expect_gradients(*arguments)
+    return str(failed.value)
+
+
+def test_gradients_name_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(checks, "notes", [])
+    x = checks.random(3, 4, seed=1)
+    checks.expect_gradients(lambda x: (x**3).sum(1), [x], "f")
+    assert checks.notes == []
+    assert "differ from finite" in failure(lambda x: (x * x.detach()).sum(1), [x], "f")
+    assert "no gradient flows" in failure(lambda x: (x * x).detach(), [x], "f")
+    said = failure(lambda x: x.mul_(2).sum(1), [x], "f")
+    assert "f changes its argument x in place" in said and "write x = 2 * x" in said
+
+    def overwrites(x):
+        y = x.exp()
+        return (y * y).sum() + y.mul_(2).sum()
+
+    assert "overwrites in place what backward needs" in failure(overwrites, [x], "f")
+    for cast in (lambda x: (x.float() ** 3).sum(1), lambda x: (x.float() ** 3).sum(1).double()):
+        checks.notes.clear()
+        checks.expect_gradients(cast, [x], "f")
+        assert checks.notes == ["f casts to float32"]
+
+
+def test_call_gives_copies_and_notes_what_is_overwritten(monkeypatch):
+    monkeypatch.setattr(checks, "notes", [])
+
+    def halve(a, b):
+        return a + b.div_(2)
+
+    a, b = torch.ones(2), torch.ones(2)
+    assert checks.call(halve, a, b).tolist() == [1.5, 1.5] and b.tolist() == [1, 1]
+    assert checks.notes == ["halve changes its argument b in place"]
+
+
+def test_a_part_costs_its_points_once_and_fails_in_the_students_notebook(monkeypatch):
+    monkeypatch.setattr(checks, "lost", {})
+    with pytest.raises(AssertionError), checks.part(2):
+        checks.expect(False, "no")
+    monkeypatch.setattr(checks, "grading", True)
+    for name in ("one", "one", None, None):
+        with checks.part(2, name):
+            checks.expect(False, f"no {name}")
+    assert list(checks.lost.values()) == [(2, "no one"), (2, "no None"), (2, "no None")]
+
+
+@pytest.mark.parametrize("seed", ["0", "7", "7265193408816", "9" * 30])
+def test_any_seed_changes_the_inputs(monkeypatch, seed):
+    before = checks.random(3, seed=1)
+    monkeypatch.setattr(checks, "SEED", seed)
+    assert torch.equal(checks.random(3, seed=1), before) == (seed == "0")
+    assert not torch.equal(checks.random(3, seed=1), checks.random(3, seed=2))
+
+
+# ---- what to look at
+@pytest.mark.parametrize("cell, code, said", [
+    ("attend", "import isa\nattend = isa.attend", "attend uses isa"),
+    ("attend", "from isa import attend as mine", "attend uses isa"),
+    ("attend", "m = __import__('is' + 'a')", "attend uses __import__, isa"),
+    ("attend", "import importlib as i\nm = i.import_module(f'isa')", "attend uses importlib, isa"),
+    ("attend", "exec('from isa import attend')", "attend uses exec, isa"),
+    ("attend", "def attend(q, k, v):\n    return F.scaled_dot_product_attention(q, k, v)",
+     "attend uses scaled_dot_product_attention"),
+    ("refine", "checks.like(p)", "refine uses like"),
+    ("refine", "from notebooks.assignments.checks import right_refine as refine",
+     "refine uses right_refine"),
+    ("refine", "grading.read_source(1)", "refine uses read_source"),
+    ("refine", "torch.nn.GELU()(x)", "refine uses nn"),
+    ("refine", "from torch import nn", "refine uses nn"),
+    ("refine", "import torch.nn.functional as F\ny = torch.nn.functional.gelu(x)", None),
+    ("pool-backward", "torch.autograd.grad(a, b)", "pool-backward uses autograd, grad"),
+    ("gcd", "getattr(F, 'cross_entropy')(s, y)", "gcd uses cross_entropy, getattr"),
+    ("lar", "F.cross_entropy(s, y)", None),
+    ("train-learner", "t = isa.compose_query(blip, U)", None),
+    ("pool", "sum = 0\nfor max in x: pass", "pool overwrites max; pool overwrites sum"),
+    ("pool", "def pool(x):\n    max = 3\n    return [sum for sum in x]", None),
+    ("pool", "torch.softmax = f", "pool sets torch.softmax"),
+    ("pool", "def pool(x):\n    'isa, exec and open in a docstring'\n    return x  # isa", None),
+])
+def test_forbidden_names_are_found_in_any_disguise(cell, code, said):
+    public = {grading.mark(c)["grade_id"]: c.source for number in grading.NUMBERS
+              for c in filter(grading.is_answer, grading.read_source(number).cells)}
+    assert "; ".join(suspicions.look([(cell, code)], public)) == (said or "")
+
+
+def written_by(notebook, source):
+    return [(step.name, step.source) for step in grading.assemble(source, notebook)[0]
+            if step.kind == "student"]
+
+
+def test_equal_submissions_are_found_though_names_and_comments_differ(source):
+    answers = {grading.mark(c)["grade_id"]: c for c in filter(grading.is_answer, source.cells)}
+    solutions = {name: cell.source for name, cell in answers.items()}
+    stubs = {name: grading.stub(cell) for name, cell in answers.items()}
+    copied = [(name, re.sub(r"\b(pixels|logits|s|Z|total|rho)\b", r"my_\1", text) + "\n# mine")
+              for name, text in written_by(source, source)]
+    (said,) = suspicions.look(copied, solutions)
+    all_of = f"{len(answers)} of {len(answers)}"
+    assert said == f"{all_of} answers are the public solution, but for names"
+    assert suspicions.look(list(stubs.items()), solutions) == []
+    assert suspicions.shapes(stubs.items(), stubs) == {}
+    own = [(name, "def f(x):\n    return x + " + repr(name)) for name in answers]
+    results = {name: {"shapes": suspicions.shapes(texts, stubs), "to_read": [{"answer": prose}]}
+               for name, texts, prose in (("a", own, "x"), ("b", own, "y"), ("c", copied, "y"),
+                                          ("d", stubs.items(), ""))}
+    said = suspicions.equal_submissions(results, suspicions.shapes(solutions.items(), {}))
+    assert said == {
+        "a": [f"{len(answers)} answers equal those of b, but for names"],
+        "b": [f"{len(answers)} answers equal those of a, but for names",
+              "the answer in prose equals that of c"],
+        "c": ["the answer in prose equals that of b"], "d": []}
 
 
 # ---- grading (slow: starts kernels)
@@ -195,16 +399,15 @@ CELL = {"width": "width-that-fits", "compose-modifiers": "compose-query",
 
 @pytest.mark.slow
 def test_the_solution_gets_all_points(source):
-    for seed in (0, 7):
-        result = assignment.grade(source, source, seed=seed)
-        assert result["points"] == result["possible"] == 40, assignment.report(result)
-        (prose,) = result["to_read"]
-        assert not result["remarks"] and prose["possible"] == 5 and prose["answer"]
+    result = grading.grade(source, source, seed=7265193408816)
+    assert result["points"] == result["possible"] == 40, assignment.report(result)
+    (prose,) = result["to_read"]
+    assert not result["remarks"] and prose["possible"] == 5 and prose["answer"]
 
 
 @pytest.mark.slow
 def test_the_empty_version_gets_none_and_the_messages_say_why(source):
-    result = assignment.grade(source, assignment.release(source))
+    result = grading.grade(source, assignment.release(source))
     assert result["points"] == 0
     for test in result["tests"]:
         function, rest = test["message"].split(" ", 1)
@@ -215,15 +418,16 @@ def test_the_empty_version_gets_none_and_the_messages_say_why(source):
 @pytest.mark.slow
 @pytest.mark.parametrize("number, chosen", [(1, 0), (1, 1), (2, 0), (2, 1)])
 def test_a_mistake_costs_its_own_test(number, chosen):
-    source, mistakes = assignment.read_source(number), MISTAKES[number][chosen]
+    source, mistakes = grading.read_source(number), MISTAKES[number][chosen]
     submission = copy.deepcopy(source)
     for test, right, wrong, _ in mistakes:
         cell = cell_of(submission, CELL.get(test, test))
         todo, solution = cell.source.split("### BEGIN SOLUTION", 1)
         assert solution.count(right) == 1, right
         cell.source = todo + solution.replace(right, wrong)
-    result = assignment.grade(source, submission)
-    lost = {test["name"]: test["message"] for test in result["tests"] if not test["points"]}
+    result = grading.grade(source, submission)
+    lost = {test["name"]: test["message"] for test in result["tests"]
+            if test["points"] < test["possible"]}
     assert lost.keys() == {f"test-{test}" for test, *_ in mistakes}, assignment.report(result)
     for test, _, _, words in mistakes:
         message = lost[f"test-{test}"]
@@ -233,7 +437,7 @@ def test_a_mistake_costs_its_own_test(number, chosen):
 @pytest.mark.slow
 def test_hostile_work_costs_only_its_own_points():
     """Endless loops, exits, floods of output, tampering, deleted and split cells."""
-    source = assignment.read_source(2)
+    source = grading.read_source(2)
     submission = copy.deepcopy(source)
 
     def add(name, code, first=False):
@@ -261,8 +465,9 @@ def test_hostile_work_costs_only_its_own_points():
     add("average-precision", "average_precision = lambda *a: torch.tensor(1.0)")
     cell_of(submission, "test-average-precision").source = "print('passed')"
     add("blind-spots", "isa.compose_query = None\nexit = quit = None", first=True)
-    result = assignment.grade(source, submission, timeout=10)
-    lost = {test["name"]: test["message"] for test in result["tests"] if not test["points"]}
+    result = grading.grade(source, submission, timeout=10)
+    lost = {test["name"]: test["message"] for test in result["tests"]
+            if test["points"] < test["possible"]}
     wrong = {
         "test-compose-training": "NameError: name 'compose_query'",
         "test-compose-modifiers": "NameError: name 'compose_query'",
@@ -278,7 +483,8 @@ def test_hostile_work_costs_only_its_own_points():
         assert lost[name].startswith(message), lost[name]
     remarks = "\n".join(result["remarks"])
     assert "compose-query: ModuleNotFoundError: No module named 'a_module_that_is_not" in remarks
-    assert "the cell lar is missing" in remarks and "blind-spots mentions isa" in remarks
+    assert "the cell lar is missing" in remarks and "blind-spots: changes" not in remarks
+    assert "blind-spots sets isa.compose_query" in result["look_at"]
 
 
 # ---- leaderboard
