@@ -22,6 +22,8 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -149,14 +151,12 @@ def key_of(args, path):
 
 
 def read_results(path):
-    """{key: result} of an earlier command; its last line may be cut."""
+    """{key: row} of an earlier command; its last line may be cut."""
     rows = {}
     for line in path.read_text().splitlines() if path.exists() else ():
-        try:
+        with suppress(ValueError):
             row = json.loads(line)
-            rows[row["key"]] = row["result"]
-        except (ValueError, KeyError, TypeError):
-            continue
+            rows[row["key"]] = row
     return rows
 
 
@@ -174,9 +174,8 @@ def grade_class(args):
             results[path] = {"error": str(error)}
             print(error, flush=True)
     known = read_results(log)
-    write(log, "".join(json.dumps({"key": key, "result": result}) + "\n"
-                       for key, result in known.items()))
-    results |= {path: known[key] for path, key in keys.items() if key in known}
+    write(log, "".join(json.dumps(row) + "\n" for row in known.values()))
+    results |= {path: known[key]["result"] for path, key in keys.items() if key in known}
     waiting = [path for path in keys if keys[path] not in known]
     if len(waiting) < len(keys):
         print(f"{len(keys) - len(waiting)} of {len(keys)} are graded already", flush=True)
@@ -196,6 +195,9 @@ def grade_class(args):
             left = (time.time() - began) / count * (len(waiting) - count)
             print(f"[{count}/{len(waiting)}, {left / 60:.0f} min left] {summary(path, results)}",
                   flush=True)
+    except BrokenProcessPool:
+        raise ValueError("a grading process was killed, perhaps out of memory; give fewer --jobs; "
+                         f"{out} keeps what is graded") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     print(f"wrote {out / 'grades.csv'} and {out / 'feedback'}/")

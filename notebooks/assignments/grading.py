@@ -301,7 +301,10 @@ class Runner:
                 self.start()
             after = self.attempt(step)
         except Failed as error:
-            return error.args
+            why, after = error.args
+            if after and after["hoards"]:
+                self.stop()
+            return why, after
         except CellExecutionError as error:
             why = sentence(error.ename, error.evalue)
             if self.too_large(error):
@@ -400,3 +403,5 @@ def grade_file(number, path, timeout, seed, memory):
         return grade(read_source(number), read_notebook(path), timeout, seed, memory)
     except ValueError as error:
         return {"error": str(error)}
+    except Exception as error:  # one strange submission does not stop a class
+        return {"error": f"{path}: the grader failed, {type(error).__name__}: {error}"}

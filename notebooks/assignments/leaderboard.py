@@ -2,8 +2,8 @@
 
     python -m pocket.world --out held_out --seed 7265193408816   # a long number of your own
     python notebooks/assignments/leaderboard.py handout held_out for_students   # without targets
-    python notebooks/assignments/leaderboard.py baselines for_students baselines
-    python notebooks/assignments/leaderboard.py score held_out teams --baselines baselines \
+    python notebooks/assignments/leaderboard.py baselines for_students reference
+    python notebooks/assignments/leaderboard.py score held_out teams --baselines reference \
         --markdown board.md --json board.json
 
 Keep the seed secret: it gives the targets away. teams/ holds a folder for each team, with

@@ -62,12 +62,13 @@ def names_in(text):
 
     torch.nn.functional is allowed, so its "nn" is left out.
     """
-    found = set()
-    for node in ast.walk(without_docstrings(parsed(text))):
+    found, nodes = set(), list(ast.walk(without_docstrings(parsed(text))))
+    allowed = {id(n.value) for n in nodes if getattr(n, "attr", "") == "functional"}
+    for node in nodes:
         if isinstance(node, ast.Name):
             found.add(node.id)
         elif isinstance(node, ast.Attribute):
-            found.add(node.attr)
+            found.update({node.attr} if id(node) not in allowed else ())
         elif isinstance(node, ast.Import | ast.ImportFrom):
             start = getattr(node, "module", None) or ""
             for alias in node.names:
@@ -77,11 +78,6 @@ def names_in(text):
             string = folded(node)
             if string and (re.fullmatch(r"[\w.]+", string) or "import" in string):
                 found.update(re.findall(r"\w+", string))
-    chains = (ast.unparse(n) for n in ast.walk(parsed(text)) if isinstance(n, ast.Attribute))
-    chains = [chain for chain in chains if re.search(r"(^|\.)nn(\.|$)", chain)]
-    if "nn" in found and chains and not re.search(r"\bnn\b", re.sub(
-            r"torch\.nn\.functional", "", "\n".join(map(ast.unparse, parsed(text).body)))):
-        found.discard("nn")
     return found
 
 
@@ -128,8 +124,8 @@ def look(written, solutions):
 def shape(text):
     """A digest of a cell's code that does not depend on comments and on the names of variables."""
     tree = without_docstrings(parsed(text))
-    stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name | ast.Starred)
-              and isinstance(getattr(n, "ctx", None), ast.Store) and isinstance(n, ast.Name)}
+    stored = {n.id for n in ast.walk(tree)
+              if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     stored |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
     number = {}
     for node in ast.walk(tree):
@@ -164,8 +160,8 @@ def equal_to_public(mine, public):
 def equal_submissions(results, public):
     """results: {submission: result of grade()} -> {submission: sentences about equal ones}.
 
-    Equal are two submissions that share more than half of the answers, without counting those of
-    the public solution, and at least three; or the answer in prose.
+    Two submissions are equal where they share at least three answers that are not the public
+    solution's, and more than half of all such; or the answer in prose.
     """
     said = {name: [] for name in results}
     own = {name: {cell: s for cell, s in result.get("shapes", {}).items() if s != public.get(cell)}
@@ -177,8 +173,7 @@ def equal_submissions(results, public):
             if one == two:
                 continue
             same = equal_cells(own[one], own[two])
-            if len(same) >= 3 and 2 * len(same) > len(public) / 2 and (
-                    2 * len(same) > len(own[one])):
+            if len(same) >= 3 and 2 * len(same) > len(own[one]):
                 said[one].append(f"{len(same)} answers equal those of {two}, but for names")
             if set(texts[one]) & set(texts[two]):
                 said[one].append(f"the answer in prose equals that of {two}")

@@ -7,6 +7,10 @@ import inspect
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -485,6 +489,200 @@ def test_hostile_work_costs_only_its_own_points():
     assert "compose-query: ModuleNotFoundError: No module named 'a_module_that_is_not" in remarks
     assert "the cell lar is missing" in remarks and "blind-spots: changes" not in remarks
     assert "blind-spots sets isa.compose_query" in result["look_at"]
+
+
+# ---- grading a class
+def pretend(number, path, timeout, seed, memory):
+    """Instead of grade_file: no kernel; the points are in the notebook's first cell."""
+    points = float(grading.read_notebook(path).cells[0].source)
+    with open(Path(path).with_suffix(".ran"), "a") as file:
+        file.write("x")
+    tests = [{"name": "test-group", "points": points, "possible": 4, "message": "no | bias"}]
+    return {"points": points, "possible": 40, "tests": tests, "shapes": {}, "look_at": [],
+            "remarks": ["a remark"], "to_read": [{"name": "answer-softmax", "possible": 5,
+                                                  "answer": "because"}]}
+
+
+@pytest.fixture
+def class_of_three(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(assignment, "grade_file", pretend)
+    for name, points in (("anna", 4), ("ben", 2.5), ("carl", 0)):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(str(points))])
+        nbformat.write(notebook, tmp_path / "in" / name / "assignment1.ipynb")
+    paths = sorted(map(str, Path("in").glob("*/*.ipynb")))
+    return lambda *more: assignment.run_grade(assignment.parse_args(
+        ["grade", "1", *paths, "--out", "grades", *more]))
+
+
+def rows_of(folder):
+    with open(Path(folder) / "grades.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def ran():
+    return [len(path.read_text()) for path in sorted(Path("in").glob("*/*.ran"))]
+
+
+def test_a_class_gets_a_table_and_feedback_and_is_graded_once(class_of_three, capsys):
+    class_of_three("--jobs", "2")
+    rows = rows_of("grades")
+    assert [(row["test-group"], row["points"]) for row in rows] == [
+        ("4.0", "4.0"), ("2.5", "2.5"), ("0.0", "0.0")]
+    assert list(rows[0])[-5:] == ["points", "possible", "answer-softmax (of 5)", "look at",
+                                  "remarks"]
+    assert "answer in prose equals that of in/ben" in rows[0]["look at"]
+    assert sorted(path.name for path in Path("grades/feedback").iterdir()) == [
+        f"{name}_assignment1.md" for name in ("anna", "ben", "carl")]
+    text = Path("grades/feedback/ben_assignment1.md").read_text()
+    assert "| test-group | 2.5 of 4 | no \\| bias |" in text and "- a remark" in text
+    assert "look at" not in text and "equals" not in text
+    assert "[3/3, 0 min left]" in capsys.readouterr().out
+    before = Path("grades/results.jsonl").read_text()
+    class_of_three("--jobs", "2")
+    assert ran() == [1, 1, 1] and Path("grades/results.jsonl").read_text().count("\n") == 3
+    assert "3 of 3 are graded already" in capsys.readouterr().out
+    class_of_three("--seed", "5")  # another seed is another grade
+    assert ran() == [2, 2, 2] and before[:200] in Path("grades/results.jsonl").read_text()
+
+
+def test_a_cut_line_is_graded_again_and_typed_points_are_kept(class_of_three):
+    class_of_three()
+    results, grades = Path("grades/results.jsonl"), Path("grades/grades.csv")
+    results.write_text(results.read_text()[:-40])  # a kill while the last line was written
+    rows = list(csv.reader(grades.open()))
+    column = rows[0].index("answer-softmax (of 5)")
+    rows[1][column] = "4.5"
+    with grades.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    class_of_three()
+    assert ran() == [1, 1, 2] and len(assignment.read_results(results)) == 3
+    assert [row["answer-softmax (of 5)"] for row in rows_of("grades")] == ["4.5", "", ""]
+
+
+@pytest.mark.slow
+def test_an_interrupted_class_keeps_what_it_has_and_resumes(tmp_path):
+    source = grading.read_source(2)
+    for i in range(4):
+        nbformat.write(source, tmp_path / f"s{i}.ipynb")
+    command = [sys.executable, str(ROOT / SCRIPT), "grade", "2",
+               *(str(tmp_path / f"s{i}.ipynb") for i in range(4)), "--out", str(tmp_path / "out"),
+               "--jobs", "2"]
+    log, results = tmp_path / "log", tmp_path / "out/results.jsonl"
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, text=True)
+        while not assignment.read_results(results):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 128 + signal.SIGINT
+    assert log.read_text().splitlines()[-1] == (
+        f"assignment.py: interrupted; {tmp_path / 'out'} keeps what is graded; the same command "
+        "resumes")
+    kept = assignment.read_results(results)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after = assignment.read_results(results)
+    assert len(after) == 4 > len(kept) > 0 and kept.items() <= after.items()
+    assert f"{len(kept)} of 4 are graded already" in done.stdout
+    rows = rows_of(tmp_path / "out")
+    assert [row["points"] for row in rows] == ["40"] * 4
+    for row in rows:
+        assert "10 of 10 answers are the public solution" in row["look at"]
+        assert "the answer in prose equals that of" in row["look at"]
+
+
+# ---- the documented workflow
+def commands_of(readme):
+    blocks = re.findall(r"^```\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    commands = [line.split("    #")[0].strip() for line in text.splitlines() if line.strip()]
+    return commands + re.findall(r"`(jupyter [^`]+)`", readme)
+
+
+@pytest.fixture
+def committed(tmp_path):
+    """A clone of the repository's working tree with a commit of its own, as a teacher's."""
+    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT,
+                            capture_output=True)
+    if listed.returncode:
+        pytest.skip("not a git repository, so what belongs to the source is unknown")
+    clone = tmp_path / "clone"
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, clone / name)
+    who = ["-c", "user.name=teacher", "-c", "user.email=teacher@school"]
+    for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "all"]):
+        subprocess.run(["git", *command], cwd=clone, check=True)
+    return clone
+
+
+def test_the_hand_out_contains_no_solution(committed, tmp_path):
+    readme = (committed / "notebooks/assignments/README.md").read_text()
+    pack, release, *_ = commands_of(readme)
+    for command in (pack, release):
+        command = command.replace("python", sys.executable, 1)
+        subprocess.run(command, shell=True, cwd=committed, check=True)
+    shutil.unpack_archive(committed / "handout.zip", tmp_path / "students")
+    students = {path.relative_to(tmp_path / "students").as_posix()
+                for path in (tmp_path / "students").rglob("*") if path.is_file()}
+    everything = {path.relative_to(committed).as_posix() for path in committed.rglob("*")
+                  if path.is_file() and ".git" not in path.parts}
+    missing = {name for name in everything - students if not name.startswith("handout")}
+    assert missing == {f"notebooks/assignments/assignment{n}.ipynb" for n in grading.NUMBERS} | {
+        name for name in everything if name.startswith("tests/notebooks/")}
+    solutions = [match[0] for number in grading.NUMBERS
+                 for cell in filter(grading.is_answer, grading.read_source(number).cells)
+                 for match in grading.SOLUTION.finditer(cell.source)]
+    lines = {line.strip() for text in solutions for line in text.splitlines() if len(line) > 60}
+    for name in students:
+        text = (tmp_path / "students" / name).read_bytes().decode(errors="replace")
+        found = {line for line in lines if line in text or json.dumps(line)[1:-1] in text}
+        assert not found or name == "isa.py", (name, found)
+    assert not (tmp_path / "students/.git").exists()
+    assert (committed / "handout/assignment1.ipynb").exists()
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs(committed):
+    """In the README's order; the world is drawn at a fiftieth of its size, to save time."""
+    if not (ROOT / "data/pocket/world.json").exists():
+        pytest.skip("data/pocket is not drawn")
+    (committed / "data").mkdir()
+    (committed / "data/pocket").symlink_to((ROOT / "data/pocket").resolve())
+    (committed / "submissions").mkdir()
+    source = committed / "notebooks/assignments/assignment1.ipynb"
+    for copied in ("anna.ipynb", "submissions/ben.ipynb"):
+        shutil.copy(source, committed / copied)
+    readme = (committed / "notebooks/assignments/README.md").read_text()
+    commands = commands_of(readme)
+    assert len(commands) == 9 and "7265193408816" in commands[4]
+    for command in commands:
+        line = command.replace("python", sys.executable, 1)
+        if command.startswith("jupyter"):
+            line = command.replace("jupyter", f"{sys.executable} -m jupyter", 1)
+        line += " --scale 0.02" * ("pocket.world" in command)
+        if "leaderboard.py score" in command:
+            shutil.copytree(committed / "reference/isa", committed / "teams/ours")
+        done = subprocess.run(line, shell=True, cwd=committed, capture_output=True, text=True)
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
+    assert (committed / "grades/feedback/ben.md").exists()
+    assert "ours" in (committed / "board.md").read_text()
+
+
+@pytest.mark.parametrize("absent", ["nbformat", "ipykernel", "torch"])
+def test_missing_requirements_are_one_sentence(absent, tmp_path):
+    hide = (f"import importlib.util as u, sys, runpy; find = u.find_spec\n"
+            f"u.find_spec = lambda name, *a: None if name == {absent!r} else find(name, *a)\n"
+            f"sys.modules[{absent!r}] = None\nsys.argv = ['assignment.py', 'release', '1']\n"
+            f"runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True,
+                          cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr == (
+        f"assignment.py: {absent} missing; pip install -r requirements.txt "
+        "-r notebooks/requirements.txt\n")
 
 
 # ---- leaderboard

@@ -57,6 +57,20 @@ def test_same_seed_same_bytes_from_the_command_line(tmp_path, small_world):
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
 
 
+def test_a_seed_may_be_too_long_to_be_searched(tmp_path):
+    """Each digit counts: numbers that differ by 2 ** 32 draw different worlds."""
+    drawn = set()
+    for seed in (7265193408816, 7265193408816 + 2**32, 2**63 - 1):
+        args = world.parse_args(["--out", str(tmp_path / "w"), "--seed", str(seed)])
+        assert args.seed == seed
+        world.write(args.out, args.seed, scale=0.001, workers=1)
+        assert json.loads((tmp_path / "w/world.json").read_text())["seed"] == seed
+        drawn.add(tuple(digest(tmp_path / "w/train").values()))
+    assert len(drawn) == 3
+    with pytest.raises(SystemExit):
+        world.parse_args(["--seed", str(2**63)])
+
+
 def test_sizes_and_layouts_are_the_real_ones(small_world):
     def count(pattern):
         return len(list(small_world.glob(pattern)))
