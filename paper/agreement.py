@@ -62,11 +62,11 @@ def agreement_table(seeds):
             for (name, heading), found in count.items()]
     total = {v: sum(found[v] for found in count.values()) for v in VERDICTS}
     rows.append(["all", *map(str, total.values())])
-    return [f"**Agreement.** Of {len(all_pairs)} pairs of rows that the paper separates by a point "
-            f"or more (CIRR and CIRCO: average over the metrics, FashionIQ: R@10), ours stand in the "
-            f"same order in {total['agree']}, are level in {total['level']} (the difference is "
-            f"within the pooled standard deviation or half a point) and contradict "
+    said = (f"**Agreement.** Of {len(all_pairs)} pairs of rows that the paper separates by a point "
+            "or more (CIRR and CIRCO: average over the metrics, FashionIQ: R@10), ours stand in "
+            f"the same order in {total['agree']}, are level in {total['level']} (the difference is "
+            "within the pooled standard deviation or half a point) and contradict "
             f"{total['against']}; {total['not run']} were not run. A pair that two tables print "
-            "counts once.",
-            "", *markdown(["table", *VERDICTS], rows), "", "Those that contradict:", "",
+            "counts once.")
+    return [said, "", *markdown(["table", *VERDICTS], rows), "", "Those that contradict:", "",
             *markdown(["where", "one row", "another", "paper", "ours"], against)]

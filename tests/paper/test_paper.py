@@ -306,7 +306,7 @@ def test_all_as_is_writes_results_and_runs_nothing(here, monkeypatch):
 
 
 def test_rows_not_run_here_are_those_of_results_json(here, monkeypatch):
-    """After another machine's `all`; a run of this folder goes first, other options do not count."""
+    """This folder's run goes first; a row of other options or another BLIP does not count."""
     for seed in (0, 1):
         fabricate("isa", seed, results(4))
     measured.write(measured.collect([0, 1], "a machine", "f"), measured.FILE)
