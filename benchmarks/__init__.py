@@ -14,4 +14,4 @@ from .metrics import HEADLINE, aspect_scores, average, average_precision, score,
 from .predictions import predictions, read_predictions, write_predictions
 from .ranking import rank, rank_subsets, top_k
 from .readers import CATEGORIES, NAMES, Benchmark, Query, load
-from .reranking import check_reranking, matching_probabilities, rerank
+from .reranking import check_reranking, matching_probabilities, reorder, rerank

@@ -55,9 +55,16 @@ def rerank(benchmark, rankings, query_features, gallery, chances, k, weight=0.05
         chance = torch.tensor([chances[query.id, name] for name in names])
         rows = torch.tensor([place[name] for name in names])
         scores = score_pairs(query_features, gallery, torch.full_like(rows, i), rows)
-        order = (scores + weight * chance).argsort(descending=True, stable=True)
+        order, _ = reorder(scores, chance, weight)
         reranked[query.id] = [names[j] for j in order.tolist()] + rest
     return reranked
+
+
+def reorder(scores, chances, weight):
+    """Of K images of a query, best first -> their new order [K] and scores [K] in it."""
+    scores = scores + weight * chances
+    order = scores.argsort(descending=True, stable=True)
+    return order, scores[order]
 
 
 def check_reranking(blip, k, sizes):

@@ -27,13 +27,14 @@ DELETE = "delete its folder, then it is computed again"
 SKIP = "fix or remove them, or let train.py skip them with --skip-bad-images"
 
 
-def open_image(name, file=None):
+def open_image(name, file=None, formats=None):
     """A path, or a name and a BytesIO -> a decoded PIL image, of an animation the first frame.
 
-    ValueError if it is damaged, or beyond PIL's limit of 179 million pixels.
+    formats: names of PIL's that are tried, by default all. ValueError if it is damaged, or beyond
+    PIL's limit of 179 million pixels.
     """
     try:
-        image = Image.open(file or name)
+        image = Image.open(file or name, formats=formats)
         image.load()
         return image
     except FileNotFoundError:

@@ -32,7 +32,7 @@ RERANK = {  # of evaluate.py and search.py
 }
 LEAST = {"seed": 0, "threads": 0, "workers": 0}
 # PyTorch overflows or crashes above these, and RandAugment has no such strength
-MOST = {"seed": 2**32 - 1, "threads": 1024, "workers": 256, "randaugment": 30}
+MOST = {"seed": 2**32 - 1, "threads": 1024, "workers": 256, "randaugment": 30, "port": 65535}
 
 
 def add_shared_options(parser, *names):
@@ -51,7 +51,7 @@ def check_options(parser, args, most=MOST, **least):
             parser.error(f"{option} has to be a finite number, not {value}")
         if value is not None and name in least and value < least[name]:
             parser.error(f"{option} has to be at least {least[name]}, not {value}")
-        if name in most and value > most[name]:
+        if value is not None and name in most and value > most[name]:
             parser.error(f"{option} has to be at most {most[name]}, not {value}")
     if getattr(args, "clip", None) and hasattr(args, "blip"):
         if args.blip not in (None, "pocket"):

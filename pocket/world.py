@@ -27,6 +27,7 @@ from .drawing import draw
 from .specs import Garment, Scene, Thing, holds, random_garment, random_scene, sample, split_of
 
 MIX = {"one": 0.15, "multi": 0.25, "describe": 0.60}  # CIRR's writers mostly describe the target
+GROUPS = 384  # of CIRR, in each split
 FASHION_GALLERY = {"dress": 3817, "shirt": 6346, "toptee": 5373}  # FashionIQ's validation galleries
 ASPECTS = {  # CIRCO's semantic aspects, as far as a modifier's wording shows them
     "addition": ("also", "adds"), "compare_change": ("instead of",),
@@ -45,7 +46,7 @@ def _fresh(spec, rng):
     return spec
 
 
-def _repeats(spec):
+def repeats(spec):
     """Does a kind of thing appear twice? Two changes may bring the same one."""
     return isinstance(spec, Scene) and len({t.kind for t in spec.things}) < len(spec.things)
 
@@ -54,7 +55,7 @@ def _edited(reference, rng, split):
     while True:
         change = specs.edit(reference, rng, rng.choices(list(MIX), weights=MIX.values())[0])
         target = _fresh(change.apply(reference), rng)
-        if split_of(target) == split and not _repeats(target):
+        if split_of(target) == split and not repeats(target):
             return change, target
 
 
@@ -65,7 +66,7 @@ def _complete(facts, rng):
         for i, fact in enumerate(facts.things):
             scene = specs.set_thing(scene, i, **specs.known(fact))
         scene = replace(scene, background=facts.background or scene.background)
-        if not _repeats(scene):
+        if not repeats(scene):
             return scene
 
 
@@ -175,7 +176,7 @@ def contents(seed=0, scale=1.0):
     texts = {}
     for split, folder, official in (("val", "dev", "val"), ("test", "test1", "test1")):
         rng = specs.Rng(f"cirr {split} {seed}")
-        images, entries = make_cirr(rng, split, size(384))
+        images, entries = make_cirr(rng, split, size(GROUPS))
         texts |= captions(images, rng)
         yield from ((f"cirr/img_raw/{folder}/{name}.png", spec) for name, spec in images.items())
         yield f"cirr/captions/cap.rc2.{official}.json", entries

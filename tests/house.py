@@ -14,9 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = 100
 LINES = {  # file or folder -> the most lines
-    "isa.py": 190, "train.py": 220, "evaluate.py": 260, "search.py": 160, "blip_lite": 950,
-    "clip_lite": 482, "query_side": 830, "baselines": 700, "benchmarks": 775, "pocket": 1530,
-    "paper": 1320, "plumbing": 1630, "README.md": 150,
+    "isa.py": 190, "train.py": 220, "evaluate.py": 260, "search.py": 211, "blip_lite": 950,
+    "clip_lite": 482, "query_side": 830, "baselines": 796, "benchmarks": 781, "pocket": 1580,
+    "paper": 1320, "plumbing": 1857, "README.md": 150,
 }
 LEVELS = [  # imports point from later levels to earlier ones, never within a level
     {"blip_lite", "isa"}, {"clip_lite"}, {"plumbing"}, {"query_side", "benchmarks"}, {"pocket"},
@@ -78,8 +78,8 @@ def check():
     for name, most in LINES.items():
         parts = tracked(name if "." in name else f"{name}/*.py")
         promise(name, sum(map(height, parts)), most, " lines")
-    promise("product", sum((ROOT / p).stat().st_size for p in product), 430_000, " bytes")
-    promise("tests", sum((ROOT / p).stat().st_size for p in tracked("tests")), 600_000, " bytes")
+    promise("product", sum((ROOT / p).stat().st_size for p in product), 451_000, " bytes")
+    promise("tests", sum((ROOT / p).stat().st_size for p in tracked("tests")), 620_000, " bytes")
     lines = [line for path in product for line in (ROOT / path).read_text().splitlines()]
     long = sum(len(line) > COLUMNS for line in lines)
     promise(f"lines over {COLUMNS} columns", long, int(0.03 * len(lines)))
