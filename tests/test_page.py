@@ -423,6 +423,11 @@ def test_in_a_browser(opened, browser, pocket_blip):
     wait(lambda: sources("#columns")[0] == wanted)
     assert all_of("#text")[0].get_attribute("value") == text
 
+    all_of("#file")[0].send_keys(shown.photos[7])  # a picture of one's own: a new search
+    wait(lambda: settled() and len(all_of("#history img")) == 1)
+    assert all_of("#query")[0].get_attribute("src").startswith("blob:")
+    wait(lambda: settled() and 7 in sources("#columns"))  # its copy in the gallery is found
+
     for image in all_of("img"):
         assert image.get_attribute("alt") and int(image.get_attribute("naturalWidth")) > 0
     for control in all_of("input"):
