@@ -198,6 +198,11 @@ def prose(source, submission, cell):
     return "\n\n".join(parts)
 
 
+def without_marks(text):
+    """A text without the lines ### BEGIN ... and ### END ..."""
+    return re.sub(r"^###.*$", "", text, flags=re.MULTILINE).strip()
+
+
 # --------------------------------------------------------------------------------------- running
 BEGIN = """\
 import sys as _sys, types as _types
@@ -387,12 +392,16 @@ def grade(source, submission, timeout=120, seed=0, memory=2000):
     to_read = [{"name": mark(cell)["grade_id"], "possible": mark(cell)["points"],
                 "answer": prose(source, submission, cell)}
                for cell in filter(is_read_by_teacher, source.cells)]
+    scheme = {mark(cell)["grade_id"]: without_marks(cell.source) for cell in source.cells
+              if is_read_by_teacher(cell)}
+    copied = [f"{answer['name']} is the public solution" for answer in to_read
+              if without_marks(answer["answer"]) == scheme[answer["name"]]]
     answers = {mark(cell)["grade_id"]: cell for cell in source.cells if is_answer(cell)}
     written = [(step.name, step.source) for step in steps if step.kind == "student"]
     return {
         "points": round(sum(test["points"] for test in tests), 2), "possible": possible,
         "tests": tests, "to_read": to_read, "remarks": remarks + more,
-        "look_at": suspicions.look(written, {n: cell.source for n, cell in answers.items()}),
+        "look_at": copied + suspicions.look(written, {n: c.source for n, c in answers.items()}),
         "shapes": suspicions.shapes(written, {n: stub(cell) for n, cell in answers.items()}),
     }
 

@@ -1,7 +1,7 @@
 """What a teacher should look at: found in the syntax trees of submissions, without running them.
 
 Nothing here costs points. A forbidden name may stand in a comparison that a student made for
-himself, and short answers may be equal by chance.
+himself, and answers may be equal by chance; those of fewer than SHORT nodes are not compared.
 """
 
 import ast
@@ -15,6 +15,7 @@ ANYWHERE = {  # how the tests, the solutions or isa.py can be reached
     "modules", "_getframe", "get_ipython", "runpy", "subprocess", "read_source", "read_text",
     "STAND_INS", "like", "learner", "loaded", "refined", "nn",
 }
+SHORT = 70  # nodes of a syntax tree: a right answer below can hardly be written in two ways
 RIGHT = re.compile(r"right_\w+")  # the right functions of checks.py
 AUTOGRAD = {"autograd", "backward", "grad", "jacobian", "vjp", "vmap", "func", "requires_grad_"}
 IN_CELL = {  # what the text of one answer forbids
@@ -122,7 +123,7 @@ def look(written, solutions):
 
 
 def shape(text):
-    """A digest of a cell's code that does not depend on comments and on the names of variables."""
+    """A digest of a cell's code without comments and names of variables; "" for a short one."""
     tree = without_docstrings(parsed(text))
     stored = {n.id for n in ast.walk(tree)
               if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
@@ -133,11 +134,13 @@ def shape(text):
             name = getattr(node, field, None)
             if name in stored:
                 setattr(node, field, number.setdefault(name, f"v{len(number)}"))
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16] if tree.body else ""
+    if sum(1 for _ in ast.walk(tree)) < SHORT:
+        return ""
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
 def shapes(written, empty):
-    """{cell: shape} of the answers in code; those equal to the stubs in `empty` are left out."""
+    """{cell: shape} of the longer answers; those equal to the stubs in `empty` are left out."""
     texts = {}
     for name, text in written:
         if not name.startswith("a cell "):
@@ -154,7 +157,7 @@ def equal_to_public(mine, public):
     same = equal_cells(mine, public)
     if 2 * len(same) <= len(public):
         return []
-    return [f"{len(same)} of {len(public)} answers are the public solution, but for names"]
+    return [f"{len(same)} of {len(public)} longer answers are the public solution, but for names"]
 
 
 def equal_submissions(results, public):
@@ -169,12 +172,21 @@ def equal_submissions(results, public):
     texts = {name: [answer["answer"] for answer in result.get("to_read", ()) if answer["answer"]]
              for name, result in results.items()}
     for one in results:
+        alike, wrote = {}, []
         for two in results:
             if one == two:
                 continue
             same = equal_cells(own[one], own[two])
             if len(same) >= 3 and 2 * len(same) > len(own[one]):
-                said[one].append(f"{len(same)} answers equal those of {two}, but for names")
+                alike.setdefault(len(same), []).append(two)
             if set(texts[one]) & set(texts[two]):
-                said[one].append(f"the answer in prose equals that of {two}")
+                wrote.append(two)
+        said[one] += [f"{count} answers equal those of {some(others)}, but for names"
+                      for count, others in alike.items()]
+        said[one] += [f"the answer in prose equals that of {some(wrote)}"] * bool(wrote)
     return said
+
+
+def some(names):
+    """The first three, and how many more."""
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)

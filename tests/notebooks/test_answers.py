@@ -1,12 +1,11 @@
-"""Answers of students, right but different, wrong and hostile: points given and points deserved.
+"""Answers of students, right but different, wrong and hostile: points given and deserved.
 
-    python -m pytest tests/notebooks/test_answers.py -s    # prints the table
-
-Answers to different questions share a submission, so each also shows that it costs no points of the
-others.
+notebooks/assignments/answers.md is the table. Answers to different questions share a submission, so
+each also shows that it costs no points of the others.
 """
 
 import copy
+from pathlib import Path
 
 import pytest
 
@@ -236,6 +235,35 @@ def cell_of(notebook, name):
     return next(cell for cell in notebook.cells if grading.mark(cell).get("grade_id") == name)
 
 
+def possible(number):
+    """{test: its points}"""
+    marks = map(grading.mark, filter(grading.is_test, grading.read_source(number).cells))
+    return {mark["grade_id"]: mark["points"] for mark in marks}
+
+
+def rows(name, given):
+    """The lines of answers.md for a submission; given: {test: points that the grader gives}."""
+    number, answers = SUBMISSIONS[name]
+    full = possible(number)
+    return [f"| {name} | {what} | {test} | {full[test]:g} | {wanted:g} | {given[test]:g} |"
+            for what, _, _, points, _ in answers for test, wanted in points.items()]
+
+
+def test_the_table_lists_every_answer():
+    """That the points are given is the slow test below."""
+    table = Path(assignment.HERE, "answers.md").read_text()
+    found = [line for line in table.splitlines() if line.startswith("|")][2:]
+    wanted = []
+    for name, (number, answers) in SUBMISSIONS.items():
+        names = {grading.mark(cell).get("grade_id") for cell in grading.read_source(number).cells}
+        assert {cell for _, cell, *_ in answers} <= names
+        deserved = {test: points for *_, tests, _ in answers for test, points in tests.items()}
+        assert all(points <= possible(number)[test] for test, points in deserved.items())
+        assert len(deserved) == sum(len(tests) for *_, tests, _ in answers)  # no test twice
+        wanted += rows(name, deserved)
+    assert found == wanted and len(found) >= 25
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SUBMISSIONS)
 def test_points_given_are_points_deserved(name):
@@ -246,14 +274,10 @@ def test_points_given_are_points_deserved(name):
         found = cell_of(submission, cell)
         found.source = code.replace("SOLUTION", found.source)
         deserved |= points
-    result = grading.grade(source, submission, timeout=60)
+    result = grading.grade(source, submission, timeout=60, seed=4711)
     given = {test["name"]: test["points"] for test in result["tests"]}
-    print()
-    for what, _, _, points, _ in answers:
-        for test, wanted in points.items():
-            print(f"| {what} | {test} | {given[test]:g} | {wanted:g} |")
-    full = {test["name"]: test["possible"] for test in result["tests"]}
-    assert given == full | deserved, assignment.report(result)
+    assert given == possible(number) | deserved, assignment.report(result)
+    assert "\n".join(rows(name, given)) in Path(assignment.HERE, "answers.md").read_text()
     remarks = "\n".join(result["remarks"])
     for *_, remark in answers:
         assert remark is None or remark in remarks, (remark, remarks)

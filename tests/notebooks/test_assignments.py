@@ -258,10 +258,22 @@ def test_gradients_name_what_is_wrong(monkeypatch):
         return (y * y).sum() + y.mul_(2).sum()
 
     assert "overwrites in place what backward needs" in failure(overwrites, [x], "f")
-    for cast in (lambda x: (x.float() ** 3).sum(1), lambda x: (x.float() ** 3).sum(1).double()):
+    for cast in (lambda x: (x.float() ** 3).sum(1), lambda x: (x.float() ** 3).sum(1).double(),
+                 lambda x: (x**3).float().sum(1)):
         checks.notes.clear()
         checks.expect_gradients(cast, [x], "f")
         assert checks.notes == ["f casts to float32"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_casts_are_found_with_any_seed(monkeypatch, seed):
+    """Also of one argument only, or of a product; an argument without effect is none."""
+    monkeypatch.setattr(checks, "SEED", str(seed))
+    a, b = checks.unit(5, 6, seed=3), checks.unit(5, 6, seed=4)
+    assert checks.casts(lambda a, b: (a @ b.T).float().logsumexp(1), [a, b])
+    assert checks.casts(lambda a, b: (a @ b.float().double().T).logsumexp(1), [a, b])
+    assert not checks.casts(lambda a, b: (a @ b.T).logsumexp(1), [a, b])
+    assert not checks.casts(lambda a, b: a.softmax(1), [a, b])
 
 
 def test_call_gives_copies_and_notes_what_is_overwritten(monkeypatch):
@@ -337,11 +349,12 @@ def test_equal_submissions_are_found_though_names_and_comments_differ(source):
     copied = [(name, re.sub(r"\b(pixels|logits|s|Z|total|rho)\b", r"my_\1", text) + "\n# mine")
               for name, text in written_by(source, source)]
     (said,) = suspicions.look(copied, solutions)
-    all_of = f"{len(answers)} of {len(answers)}"
-    assert said == f"{all_of} answers are the public solution, but for names"
+    longer = len(suspicions.shapes(solutions.items(), {}))
+    assert 0.5 * len(answers) < longer < len(answers)
+    assert said == f"{longer} of {longer} longer answers are the public solution, but for names"
     assert suspicions.look(list(stubs.items()), solutions) == []
     assert suspicions.shapes(stubs.items(), stubs) == {}
-    own = [(name, "def f(x):\n    return x + " + repr(name)) for name in answers]
+    own = [(name, f"def f(x):\n    return {' + '.join(['x'] * 40)} + {name!r}") for name in answers]
     results = {name: {"shapes": suspicions.shapes(texts, stubs), "to_read": [{"answer": prose}]}
                for name, texts, prose in (("a", own, "x"), ("b", own, "y"), ("c", copied, "y"),
                                           ("d", stubs.items(), ""))}
@@ -351,6 +364,24 @@ def test_equal_submissions_are_found_though_names_and_comments_differ(source):
         "b": [f"{len(answers)} answers equal those of a, but for names",
               "the answer in prose equals that of c"],
         "c": ["the answer in prose equals that of b"], "d": []}
+
+
+def test_short_answers_equal_to_the_public_ones_say_nothing(source):
+    """Right answers of one or two lines look alike; more than half of the longer ones do not."""
+    solutions = {grading.mark(c)["grade_id"]: c.source
+                 for c in filter(grading.is_answer, source.cells)}
+    longer = list(suspicions.shapes(solutions.items(), {}))
+    assert not {"pool", "attend", "log-sum-exp", "blind-spots"} & set(longer)
+
+    def said(copied):
+        own = [(name, text if name in copied else f"{text}\nown = 1")
+               for name, text in solutions.items()]
+        return suspicions.look(own, solutions)
+
+    assert said(set(solutions) - set(longer)) == said(longer[: len(longer) // 2]) == []
+    half = len(longer) // 2 + 1
+    words = "longer answers are the public solution, but for names"
+    assert said(longer[:half]) == [f"{half} of {len(longer)} {words}"]
 
 
 # ---- grading (slow: starts kernels)
@@ -407,6 +438,7 @@ def test_the_solution_gets_all_points(source):
     assert result["points"] == result["possible"] == 40, assignment.report(result)
     (prose,) = result["to_read"]
     assert not result["remarks"] and prose["possible"] == 5 and prose["answer"]
+    assert f"{prose['name']} is the public solution" in result["look_at"]
 
 
 @pytest.mark.slow
@@ -562,6 +594,21 @@ def test_a_cut_line_is_graded_again_and_typed_points_are_kept(class_of_three):
     assert [row["answer-softmax (of 5)"] for row in rows_of("grades")] == ["4.5", "", ""]
 
 
+def test_submissions_with_the_same_content_have_results_of_their_own(class_of_three):
+    shutil.copy("in/anna/assignment1.ipynb", "in/ben/assignment1.ipynb")
+    class_of_three()
+    class_of_three()
+    rows = assignment.read_results(Path("grades/results.jsonl")).values()
+    assert sorted(Path(row["submission"]).parent.name for row in rows) == ["anna", "ben", "carl"]
+    assert ran() == [1, 1, 1]
+
+
+def test_many_equal_submissions_are_named_in_one_sentence():
+    results = {name: {"to_read": [{"answer": "x"}]} for name in "abcdef"}
+    said = suspicions.equal_submissions(results, {})
+    assert said["b"] == ["the answer in prose equals that of a, c, d and 2 more"]
+
+
 @pytest.mark.slow
 def test_an_interrupted_class_keeps_what_it_has_and_resumes(tmp_path):
     source = grading.read_source(2)
@@ -591,7 +638,7 @@ def test_an_interrupted_class_keeps_what_it_has_and_resumes(tmp_path):
     rows = rows_of(tmp_path / "out")
     assert [row["points"] for row in rows] == ["40"] * 4
     for row in rows:
-        assert "10 of 10 answers are the public solution" in row["look at"]
+        assert "longer answers are the public solution" in row["look at"]
         assert "the answer in prose equals that of" in row["look at"]
 
 
