@@ -32,6 +32,7 @@ from baselines.setting import (  # noqa: F401, some only for importers
     read_weights,
     through_query_model,
 )
+from benchmarks.metrics import SUBSET
 from benchmarks.report import print_table, summarize
 from plumbing.command import run_command
 from plumbing.files import check_output, write_json
@@ -135,7 +136,7 @@ def score(args):
         subsets = args.subset and benchmarks.read_predictions(args.subset, part, "recall_subset")
         metrics = benchmarks.score(part, best, subsets)
         if not subsets:  # a top-50 list does not rank the whole subset
-            metrics = {name: value for name, value in metrics.items() if name[:2] != "Rs"}
+            metrics = {name: value for name, value in metrics.items() if name not in SUBSET}
         results.append(metrics)
         short = sum(len(names) < min(50, len(part.gallery) - 1) for names in best.values())
         if short:

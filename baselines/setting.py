@@ -48,7 +48,7 @@ def open_benchmarks(benchmark="all", data=None, split=None, images=True, targets
     if data is None:
         world.ensure(POCKET_DATA)
     opened, split = [], split or "test"
-    for name in benchmarks.HEADLINE if benchmark == "all" else (benchmark,):
+    for name in benchmarks.PAPERS if benchmark == "all" else (benchmark,):
         root = data if data and benchmark != "all" else Path(data or POCKET_DATA) / name
         official = "test1" if (name, split) == ("cirr", "test") else split
         for category in benchmarks.CATEGORIES if name == "fashioniq" else (None,):

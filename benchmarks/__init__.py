@@ -13,5 +13,5 @@ from .layout import check_benchmark, missing_images, require_images
 from .metrics import HEADLINE, aspect_scores, average, average_precision, score, score_by_kind
 from .predictions import predictions, read_predictions, write_predictions
 from .ranking import rank, rank_subsets, top_k
-from .readers import CATEGORIES, NAMES, Benchmark, Query, load
+from .readers import CATEGORIES, NAMES, PAPERS, Benchmark, Query, load
 from .reranking import check_reranking, matching_probabilities, reorder, rerank

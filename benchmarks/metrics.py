@@ -13,6 +13,8 @@ from dataclasses import replace
 
 CUTOFFS = {"cirr": (1, 5, 10, 50), "fashioniq": (10, 50), "circo": (5, 10, 25, 50)}  # K
 HEADLINE = {"cirr": "R@1", "fashioniq": "R@10", "circo": "mAP@5"}  # where there is room for one
+SUBSET = ("Rs@1", "Rs@2", "Rs@3")  # CIRR's, among the five others of a group
+LEFT_OUT = {"cirr": SUBSET, "circo": tuple(f"R@{k}" for k in CUTOFFS["circo"])}  # of tables
 
 
 def average_precision(names, targets, k):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 CATEGORIES = ("dress", "shirt", "toptee")  # FashionIQ is three benchmarks, each with its gallery
-NAMES = ("cirr", "fashioniq", "circo")
+PAPERS = ("cirr", "fashioniq", "circo")  # the pocket world has these
+NAMES = PAPERS
 OPTIONAL = {"target_hard": str, "target": str, "gt_img_ids": list, "semantic_aspects": list[str],
             "modifier_type": str}  # fields of some captions only: test splits have no targets
 ID = (int, str)  # some tools write numbers as strings

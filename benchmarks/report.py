@@ -2,7 +2,7 @@
 
 import statistics
 
-from benchmarks.metrics import HEADLINE
+from benchmarks.metrics import HEADLINE, LEFT_OUT
 from benchmarks.readers import CATEGORIES
 
 
@@ -20,7 +20,7 @@ def print_table(name, rows, split, several, starred=()):
     """
     parts, head = next(iter(rows.values())), HEADLINE[name]
     columns = {m: ("all", m) for m in parts["all"]
-               if m[:2] != "Rs" and not (name == "circo" and m[0] == "R")}  # title -> part, metric
+               if m not in LEFT_OUT.get(name, ())}  # title -> part, metric
     columns |= {f"{head} {k}": (k, head) for k in parts if k not in ("all", *CATEGORIES)}
     spread = any(method in rows for method in several)
     note = ", mean ± standard deviation over seeds where there are several" if spread else ""

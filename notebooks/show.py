@@ -8,13 +8,14 @@ An image is a path or a PIL image. Each function draws one figure and shows it. 
 a target.
 """
 
+import base64
 import io
 import textwrap
 
 import matplotlib.pyplot as plt
 from IPython.display import Image as Png
 from IPython.display import display
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import blip_lite
 from plumbing.pictures import overlay
@@ -86,7 +87,7 @@ def retrieved(benchmark, query, rankings, top=6):
 
     Reference and modifier are at the left. Each row's title says where the first target is.
     """
-    figure, axes = canvas(len(rankings), top + 2, text=0.3)
+    figure, axes = canvas(len(rankings), top + 2, side=1.6, text=0.3)  # large enough to see
     put(axes[0, 0], benchmark.paths[query.reference], "reference")
     modifier = textwrap.fill("that " + " / ".join(query.captions), 16)
     axes[0, 1].text(0.5, 0.5, modifier, ha="center", va="center", fontsize=9)
@@ -97,3 +98,38 @@ def retrieved(benchmark, query, rankings, top=6):
         place = place or f"> {len(names)}"
         row[2].set_title(f"{label}: target at {place}", fontsize=8, loc="left")
     finish(figure)
+
+
+def strip(pictures, caption, side=96):
+    """Pictures side by side below a caption -> one image of 64 colours."""
+    out = Image.new("RGB", (len(pictures) * (side + 4), side + 18), "white")
+    ImageDraw.Draw(out).text((2, 2), caption, "black")
+    for i, image in enumerate(pictures):
+        out.paste(picture(image).resize((side, side)), (i * (side + 4), 18))
+    return out.quantize(64, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+
+
+def encoded(frame):
+    file = io.BytesIO()
+    frame.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def film(image, moments, captions):
+    """Show maps [L, H, W] at several moments as a GIF, one frame for each caption."""
+    frames = [strip([image, *(overlay(picture(image), w) for w in maps)], caption)
+              for maps, caption in zip(moments, captions, strict=True)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=600, loop=0)
+    display({"image/gif": base64.b64encode(file.getvalue()).decode(), "text/plain": "a film",
+             "image/png": base64.b64encode(encoded(frames[-1])).decode()}, raw=True)
+
+
+def slider(frames, start=0):
+    """Show one of several images, chosen by a slider; where scripts do not run, the first one."""
+    texts = [base64.b64encode(encoded(frame)).decode() for frame in frames]
+    uris = ",".join(f"'{text}'" for text in texts)
+    page = (f'<div><img src="data:image/png;base64,{texts[start]}"><br><input type="range" min="0" '
+            f'max="{len(frames) - 1}" value="{start}" style="width:20em" oninput="this.parentNode.'
+            f"firstChild.src='data:image/png;base64,'+[{uris}][this.value]\"></div>")
+    display({"text/html": page, "image/png": texts[start], "text/plain": "a slider"}, raw=True)

@@ -26,7 +26,7 @@ def lar_table(seeds, images=500):
     paths = [benchmark.paths[name] for name in benchmark.gallery[:images]]
     v = evaluate.Setting(blip, benchmark).gallery[:images]  # [M, E]
     kinds = [kind for kind in EDIT_KINDS if kind != "replace"]  # only pre-training has that one
-    columns = [(b, metric, kind) for b, metric in benchmarks.HEADLINE.items() for kind in kinds]
+    columns = [(b, benchmarks.HEADLINE[b], kind) for b in benchmarks.PAPERS for kind in kinds]
     scores, words = [], []
     for label, row in ROWS["lar"].items():
         run, seen = row["ours"], seeds_of(row["ours"], seeds)

@@ -80,7 +80,7 @@ def test_baselines_are_their_formulas(pocket_blip):
     words = ["is red", "has a big dog instead of the cat", "is at night"]
     t = torch.stack([text_feature(pocket_blip, text) for text in words])
     wanted = {"image": v, "text": t, "image+text": unit(v + t), "0.5image+text": unit(v / 2 + t)}
-    assert list(wanted) == list(evaluate.SIMPLE)
+    assert wanted.keys() == evaluate.SIMPLE.keys(), "a baseline without its formula here"
     for method, q in wanted.items():
         torch.testing.assert_close(evaluate.SIMPLE[method](pocket_blip, v, words), q)
 

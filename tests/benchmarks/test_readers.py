@@ -2,13 +2,15 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from conftest import DATA
 from trees import CIRR_NAMES, circo_tree, cirr_tree, edited, fashioniq_tree, refused, touch, write
 
 import benchmarks
-from benchmarks import Query
+from benchmarks import Query, layout, metrics
+from benchmarks.readers import annotation_files
 
 TREES = {"cirr": cirr_tree, "fashioniq": fashioniq_tree, "circo": circo_tree}
 CAPTIONS = {"cirr": "captions/cap.rc2.val.json", "fashioniq": "captions/cap.dress.val.json",
@@ -79,6 +81,21 @@ def test_circo_counts(split, queries, references):
         first = benchmark.queries[0]
         assert (first.reference, first.targets) == ("271520", ["355099", "528417", "534704"])
         assert benchmark.paths["2097"].name == "000000002097.jpg"
+
+
+@pytest.mark.parametrize("name", benchmarks.NAMES)
+def test_every_benchmark_has_what_its_name_is_looked_up_in(name):
+    """Its files, its tree for `check`, its metrics and the one for tables with little room."""
+    category = "dress" if name == "fashioniq" else None
+    assert annotation_files(name, ".", "val", category), f"{name}: annotation_files"
+    tree = Path(layout.__file__).parent / "trees" / f"{name}.txt"
+    assert tree.is_file() and tree.read_text(), f"{tree} says what `check` expects"
+    assert name in layout.EVALUATED, f"layout.EVALUATED has no splits of {name}"
+    assert metrics.CUTOFFS[name], f"metrics.CUTOFFS has no {name}"
+    one = benchmarks.Benchmark(name, "val", [*"abc"], {}, [
+        Query("1", "a", ["is red"], ["b", "c"], subset=["b"])])
+    found = benchmarks.score(one, {"1": ["b", "c"]})
+    assert found[benchmarks.HEADLINE[name]] == 100 and set(found.values()) == {100}
 
 
 @pytest.mark.parametrize("searle", [False, True])

@@ -197,6 +197,16 @@ def test_writing_is_atomic(tmp_path):
         benchmarks.read_predictions(tmp_path / "no.json", big("circo")[0])
 
 
+def test_only_metrics_named_as_left_out_are_left_out_of_tables(capsys):
+    """A metric of any other name has its column, "Rsum" and that of a new benchmark too."""
+    metrics = {"R@1": 1.0, "Rs@1": 2.0, "Rsum": 3.0, "R@5": 4.0}
+    heads = []
+    for name in ("cirr", "circo"):
+        print_table(name, {"text": {"all": summarize([metrics])}}, "val", [])
+        heads.append(capsys.readouterr().out.splitlines()[2].split()[1:])
+    assert heads == [["R@1", "Rsum", "R@5"], ["R@1", "Rs@1", "Rsum"]]
+
+
 def test_print_table(capsys):
     assert summarize([{"R@1": 1.0}]) == {"R@1": [1, 0]}
     two = {"all": summarize([{"mAP@5": 40.0, "R@5": 1.0}, {"mAP@5": 42.0, "R@5": 2.0}]),

@@ -4,17 +4,22 @@ import ast
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from notebooks import make
 from pocket import world
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CODE_BASE = [*ROOT.glob("*.py"), *ROOT.glob("[!t]*/*.py")]  # all but tests
+PICTURES = "image/png", "image/gif", "text/html"
+RANGES = ROOT / "notebooks/ranges.json"
 each = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
 
 
@@ -33,12 +38,48 @@ def python(code):
     return "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
 
 
+def count_statements(code):
+    """Statements of a cell, those inside others too, without imports."""
+    return sum(isinstance(node, ast.stmt) and not isinstance(node, ast.Import | ast.ImportFrom)
+               for node in ast.walk(ast.parse(code)))
+
+
+def solutions(stem):
+    """SOLUTIONS.md -> [(hint, code)] of one notebook, in order."""
+    text = (ROOT / "notebooks/SOLUTIONS.md").read_text(encoding="utf-8")
+    part = re.search(rf"^## \[{stem}\].*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[0]
+    folded = re.findall(r"<summary>Hint</summary>\n\n(.+?)\n\n</details>\n<details><summary>"
+                        r"Solution</summary>\n\n```python\n(.+?)\n```", part, re.DOTALL)
+    assert len(folded) == part.count("<summary>Solution") == part.count("<summary>Hint")
+    return folded
+
+
+def outputs_of(cells):
+    """What cells printed, one text for each line."""
+    printed = [output["text"] for cell in cells for output in cell.get("outputs", [])
+               if output.get("name") == "stdout"]
+    return [line for text in printed for line in "".join(text).splitlines()]
+
+
+def out_of_range(lines, ranges):
+    """Lines whose numbers leave the ranges of a line with the same words; and missing lines."""
+    wrong, seen = [], set()
+    for line in lines:
+        words = make.words(line)
+        if words in ranges:
+            seen.add(words)
+            for x, (low, high) in zip(make.numbers(line), ranges[words], strict=True):
+                if not low <= x <= high:
+                    wrong.append(f"{x} is not in {low}..{high}: {line}")
+    return wrong + [f"was not printed: {words}" for words in ranges.keys() - seen]
+
+
 def texts(value):
     """Every string in a JSON document, except pictures."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
-        value = [part for key, part in value.items() if key != "image/png"]
+        value = [part for key, part in value.items() if key not in PICTURES]
     return [text for part in value for text in texts(part)] if isinstance(value, list) else []
 
 
@@ -78,7 +119,8 @@ def test_its_cells_are_short_and_copy_nothing_of_the_code_base(path):
     code = [file.read_text(encoding="utf-8") for file in CODE_BASE]
     names, runs = (set().union(*map(of, code)) for of in (definitions, fours))
     for cell in map(python, sources(path, "code")):
-        assert len(statements(cell)) <= 20, f"more than 20 lines besides imports:\n{cell}"
+        count = count_statements(cell)
+        assert count <= 20, f"{count} statements besides imports:\n{cell}"
         taken = definitions(cell) & names
         assert not taken, f"the code base has {taken}: import it, or choose another name\n{cell}"
         assert not fours(cell) & runs, f"four lines of the code base: import them\n{cell}"
@@ -88,10 +130,25 @@ def test_its_cells_are_short_and_copy_nothing_of_the_code_base(path):
 def test_it_is_committed_with_the_outputs_of_one_run_and_small(path):
     cells = [cell for cell in read(path)["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    assert path.stat().st_size < 500_000
+    assert path.stat().st_size < 600_000
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert any("image/png" in output.get("data", {}) for output in outputs), "no picture"
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+
+
+@each
+def test_no_line_of_it_is_longer_than_the_screen(path):
+    """100 characters; rows of tables cannot be broken."""
+    for text in (*sources(path, "code"), *sources(path, "markdown")):
+        long = [x for x in text.splitlines() if len(x) > 100 and not x.startswith("|")]
+        assert not long, long[0]
+
+
+@each
+def test_each_thing_to_try_has_a_hint_and_a_solution(path):
+    (text,) = [text for text in sources(path, "markdown") if re.search(r"## Try it", text)]
+    items = re.findall(r"^\d\. ", text.split("## Try it")[1], re.MULTILINE)
+    assert len(items) == len(solutions(path.stem)) and "(SOLUTIONS.md)" in text
 
 
 @each
@@ -108,12 +165,107 @@ def test_the_files_that_it_links_to_exist(path):
         assert (path.parent / target).exists(), target
 
 
+@each
+def test_its_committed_numbers_are_in_the_accepted_ranges(path):
+    """And the ranges are ranges: a number beside them is refused."""
+    ranges = json.loads(RANGES.read_text(encoding="utf-8"))[path.stem]
+    said = outputs_of(read(path)["cells"])
+    assert ranges and not out_of_range(said, ranges)
+    words, ((low, high), *_) = next((k, v) for k, v in ranges.items() if v)
+    line = next(line for line in said if make.words(line) == words)
+    number = make.NUMBER.search(line)
+    spoilt = f"{line[: number.start()]}{high + 1000}{line[number.end() :]}"
+    assert out_of_range([spoilt], {words: ranges[words]}) and low <= high
+
+
+def first_cell(folder, changed=lambda code: code):
+    """Run the first code cell as a program in `folder` -> finished process."""
+    code = changed(sources(PATHS[0], "code")[0]) + "\nprint('ROOT', ROOT)"
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("folder", [".", "notebooks", "notebooks/assignments", "tests/plumbing"])
+def test_the_first_cell_finds_the_clone_from_any_folder_in_it(folder):
+    done = first_cell(ROOT / folder)
+    assert done.returncode == 0 and f"ROOT {ROOT}\n" in done.stdout, done.stderr
+
+
+def test_outside_a_clone_the_first_cell_says_what_to_do(tmp_path):
+    done = first_cell(tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "CLONE = True" in done.stderr
+    given = first_cell(tmp_path, lambda code: make.ADDRESS.sub('ADDRESS = "https://x.org/y"', code))
+    assert given.stderr.strip().endswith("fetch one from https://x.org/y.")
+
+
+def test_outside_a_clone_the_first_cell_clones_from_the_address(tmp_path):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git repository: nothing to clone")
+
+    def changed(code):
+        code = make.ADDRESS.sub(f'ADDRESS = "file://{ROOT}"', code)
+        return code.replace("CLONE = False", "CLONE = True")
+
+    for _ in range(2):  # the second time it is there
+        done = first_cell(tmp_path, changed)
+        assert f"ROOT {tmp_path / 'isa-clone'}\n" in done.stdout, done.stderr
+
+
+def test_the_address_is_written_once_for_all(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    command = [sys.executable, str(tmp_path / "notebooks/make.py"), "address", "https://x.org/y"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    for path in PATHS:
+        new = sources(tmp_path / "notebooks" / path.name, "code")[0]
+        assert 'ADDRESS = "https://x.org/y"  #' in new
+        assert make.ADDRESS.sub('ADDRESS = ""', new) == sources(path, "code")[0]
+
+
+def run_make(*arguments):
+    command = [sys.executable, str(ROOT / "notebooks/make.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_hand_out_has_no_outputs_and_folds_the_answers(tmp_path):
+    done = run_make("hand-out", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    for path in PATHS:
+        out = tmp_path / "out" / path.name
+        assert sources(out, "code") == sources(path, "code")
+        for cell in read(out)["cells"]:
+            assert not cell.get("outputs") and not cell.get("execution_count")
+        old, new = ("\n".join(sources(p, "markdown")) for p in (path, out))
+        unfolded = new.replace("<details><summary>Answer</summary>\n\n", "")
+        assert unfolded.replace("\n\n</details>", "") == old
+        folded = re.findall(r"<details>.*?</details>", new, re.DOTALL)
+        assert len(folded) >= 2 and not any("**Predict" in text for text in folded)
+    one = "\n".join(sources(tmp_path / "out" / PATHS[0].name, "markdown"))
+    assert re.search(r'<details><summary>Answer</summary>\n\n"describe" gives away', one)
+
+
+def test_the_hand_out_is_not_written_over_the_notebooks():
+    done = run_make("hand-out", "--out", ROOT / "notebooks")
+    assert done.returncode == 1 and "another folder" in done.stderr
+
+
+def test_html_is_static_and_complete(tmp_path):
+    pytest.importorskip("nbconvert")
+    done = run_make("html", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for path in PATHS:
+        page = (tmp_path / f"{path.stem}.html").read_text(encoding="utf-8")
+        outputs = [o for cell in read(path)["cells"] for o in cell.get("outputs", [])]
+        pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+        assert page.count("data:image/") >= pictures and ".ipynb\"" not in page
+
+
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
     """The whole pocket world, drawn once for all notebooks."""
     needed = (ROOT / "notebooks/requirements.txt").read_text()
     needed = re.findall(r"^[\w-]+", needed, re.MULTILINE)
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    needed.remove("nbconvert")  # for make.py alone
+    missing = [name for name in needed if not importlib.util.find_spec(name)]
     if missing:
         pytest.skip(f"{', '.join(missing)} missing; pip install -r notebooks/requirements.txt")
     out = tmp_path_factory.mktemp("data")
@@ -141,7 +293,13 @@ def clone(drawn, tmp_path):
 def test_it_runs_from_top_to_bottom(path, clone, capsys):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(clone / "notebooks" / path.name, as_version=4)
-    where, began = {"metadata": {"path": str(clone / "notebooks")}}, time.perf_counter()
+    folder = "tests/plumbing" if path == PATHS[0] else "notebooks"  # any folder will do
+    where, began = {"metadata": {"path": str(clone / folder)}}, time.perf_counter()
+    cells = len(notebook.cells)
+    notebook.cells += [nbformat.v4.new_code_cell(code) for _, code in solutions(path.stem)]
     nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()
+    said = outputs_of(notebook.cells[:cells])
+    wrong = out_of_range(said, json.loads(RANGES.read_text(encoding="utf-8"))[path.stem])
+    assert not wrong, "\n".join(wrong)
     with capsys.disabled():
         print(f" {path.name}: {time.perf_counter() - began:.0f} s ", end="")

@@ -417,9 +417,22 @@ def test_blip_needs_a_blip_of_its_size_and_nothing_else(blip):
 
 @pytest.mark.parametrize("name", ["EfficientNet_B0", "", None])
 def test_unknown_names_list_the_known_ones(name):
-    known = "efficientnet_b0, .* efficientvit_m2, mobilevitv2_100, pocketnet, blip"
-    with pytest.raises(ValueError, match=known):
+    with pytest.raises(ValueError, match=f"choose from {', '.join(query_side.NAMES)}$"):
         query_side.build(name)
+
+
+@pytest.mark.parametrize("name", query_side.NAMES)
+def test_every_encoder_says_how_many_channels_its_map_has(name, pocket_blip):
+    """All that a mapper asks of an encoder, and all that preprocessing asks."""
+    encoder = query_side.build(name, blip=pocket_blip if name.startswith("blip") else None).eval()
+    photo = Image.fromarray(np.full((40, 90, 3), 128, np.uint8))
+    seen = query_side.preprocess(encoder, photo)
+    assert seen.shape == (3, encoder.image_size, encoder.image_size)
+    with torch.no_grad():
+        feature_map = encoder(torch.stack([seen, seen]))
+    assert feature_map.dim() == 4 and len(feature_map) == 2, f"{name} gives {feature_map.shape}"
+    assert encoder.out_channels == feature_map.shape[1], (
+        f"{name}.out_channels is {encoder.out_channels}, its map has {feature_map.shape[1]}")
 
 
 @pytest.mark.parametrize("image_size", [-224, 31, 1025, 224.0, "224", True])

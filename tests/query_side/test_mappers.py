@@ -8,7 +8,9 @@ import torch
 
 import isa
 import query_side
+from query_side import MAPPERS, build_query_model
 
+SETTINGS = dict(encoder="pocketnet", query_size=None, gallery="blip")
 RELU, GELU = lambda x: max(x, 0.0), lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2  # noqa: E731
 
 
@@ -52,3 +54,28 @@ def test_both_sides_start_from_one_encoder(pocket_blip, name):
     torch.testing.assert_close(F_v, wanted_F_v)
     assert all(p.requires_grad for p in model.parameters())
     assert not any(p.requires_grad for p in pocket_blip.parameters())
+
+
+@pytest.mark.parametrize("name", MAPPERS)
+def test_every_mapper_makes_words_that_blip_can_read(name, pocket_blip):
+    """L tokens of BLIP's width, or one; all parameters learn; another image, another sentence."""
+    torch.manual_seed(0)
+    model = build_query_model(SETTINGS | dict(mapper=name, tokens=4), pocket_blip).eval()
+    U = model(torch.randn(3, 3, 64, 64))
+    assert U.shape[0] == 3 and U.shape[1] in (1, 4), f"{name} makes {U.shape[1]} tokens of 4"
+    assert U.shape[2] == pocket_blip.word_dim, f"{name}: {U.shape[2]} numbers a token"
+    assert not torch.allclose(U[0], U[1], atol=1e-7), f"{name} says the same of two images"
+    pocket_blip.encode_text(*isa.compose_query(pocket_blip, U, ["is red"] * 3)).square().sum()
+    model.train()(torch.randn(3, 3, 64, 64)).square().sum().backward()
+    for key, p in model.mapper.named_parameters():
+        assert p.grad is not None and p.grad.any(), f"{name}: {key} has no gradient"
+
+
+def test_names_decide_which_network_it_is(pocket_blip):
+    """Which parts it has, wherever its name stands in MAPPERS."""
+    parts = {"atl": "Q_r Q_c", "st": "", "atl-no-ca": "Q_r", "atl-no-sa": "Q_c", "mlp": "layers"}
+    for name, wanted in parts.items():
+        mapper = build_query_model(SETTINGS | dict(mapper=name, tokens=6), pocket_blip).mapper
+        found = {key for key, _ in mapper.named_children()} & {"Q_r", "Q_c", "layers"}
+        assert found == {*wanted.split()}, name
+    assert parts.keys() <= {*MAPPERS}
