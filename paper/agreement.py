@@ -25,7 +25,7 @@ def verdict(paper, ours):
     return "agree" if (first > second) == (paper[0] > paper[1]) else "against"
 
 
-def pairs(seeds):
+def separated_pairs(seeds):
     """Yields (table, heading, the two rows' labels, the paper's two numbers, ours over seeds, the
     verdict), each pair of the paper's numbers once, though two tables print it."""
     seen = set()
@@ -51,7 +51,7 @@ def pairs(seeds):
 
 def agreement_table(seeds):
     """Two tables -> lines of markdown: the count for each table, and each pair against."""
-    all_pairs, count, against = list(pairs(seeds)), {}, []
+    all_pairs, count, against = list(separated_pairs(seeds)), {}, []
     for name, heading, labels, numbers, ours, found in all_pairs:
         count.setdefault((name, heading), dict.fromkeys(VERDICTS, 0))[found] += 1
         if found == "against":

@@ -79,7 +79,7 @@ def check():
         parts = tracked(name if "." in name else f"{name}/*.py")
         promise(name, sum(map(height, parts)), most, " lines")
     promise("product", sum((ROOT / p).stat().st_size for p in product), 451_000, " bytes")
-    promise("tests", sum((ROOT / p).stat().st_size for p in tracked("tests")), 620_000, " bytes")
+    promise("tests", sum((ROOT / p).stat().st_size for p in tracked("tests")), 640_000, " bytes")
     lines = [line for path in product for line in (ROOT / path).read_text().splitlines()]
     long = sum(len(line) > COLUMNS for line in lines)
     promise(f"lines over {COLUMNS} columns", long, int(0.03 * len(lines)))
