@@ -1,4 +1,4 @@
-"""The numbers of one_epoch.md (or of paper/RESULTS.md), as a dictionary: table, benchmark, row, column.
+"""The numbers of one_epoch.md (or paper/RESULTS.md): by table, benchmark, row and column.
 
     results.read()["Table 18"]["CIRR"]["ATL"]["R@1"]    # (mean, standard deviation over seeds)
 
