@@ -57,7 +57,7 @@ def section(name, args):
     if name in ("1", "17"):
         lines = costs.cost_table() if name == "1" else costs.latency_table(args.threads)
     elif name == "agreement":
-        lines = agreement.agreement_table(args.seeds)
+        lines = [*agreement.agreement_table(args.seeds), "", numbers.NOTES["agreement"]]
     elif name in BEYOND:
         lines = measured(name, args)
     elif name in figures.FIGURES:
