@@ -70,7 +70,8 @@ def table(name, seeds):
             ours, papers = row["ours"], {k: printed[v] for k, v in row.items() if k != "ours"}
             results = measured(ours, seeds_of(ours, seeds), entry.split)
             why = "not run" if ours in RUNS or ours in FOLDERS else ours
-            cells = [f"{label} (1 seed)" if ours in RUNS and len(results) == 1 else label]
+            few = f" ({len(results)} seed{'s' * (len(results) > 1)})"  # where others have more
+            cells = [label + few * (ours in RUNS and 0 < len(results) < len(seeds))]
             for column, (benchmark, metric) in columns.items():
                 mine = cell([value(result, benchmark, metric) for result in results])
                 cells += [mine if results else why, *(p.get(column, "") for p in papers.values())]
