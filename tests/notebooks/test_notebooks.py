@@ -180,6 +180,7 @@ def test_its_committed_numbers_are_in_the_accepted_ranges(path):
 
 def first_cell(folder, changed=lambda code: code):
     """Run the first code cell as a program in `folder` -> finished process."""
+    pytest.importorskip("matplotlib", reason="notebooks/requirements.txt is not installed")
     code = changed(sources(PATHS[0], "code")[0]) + "\nprint('ROOT', ROOT)"
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
 

@@ -14,7 +14,7 @@ import evaluate
 import isa
 import query_side
 import train
-from paper import figures
+from paper import figures, results
 from paper.__main__ import parse_args, section
 from paper.figures import FIGURES, draw_figure, first_of_each_kind, words_to_tokens
 from paper.lar import lar_table, look_at_words
@@ -28,6 +28,7 @@ def here(tmp_path, monkeypatch, small_world):
     """A current folder with a small pocket world."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data/pocket").symlink_to(small_world)
+    monkeypatch.setattr(results, "FILE", tmp_path / "results.json")  # none
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

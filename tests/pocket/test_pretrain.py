@@ -238,7 +238,7 @@ def test_the_last_phase_trains_nothing_but_matching(tmp_path, pocket_blip):
 def test_the_shipped_query_model_fits_the_shipped_blip(small_world, pocket_blip):
     """`python train.py` trained it with pocket/blip.pth; its sentences name their own images."""
     model, settings = load_query_model(ROOT / "pocket" / "isa.pt", pocket_blip)
-    settings = {"micro_batch": None} | settings  # an option since then
+    settings = {"micro_batch": None, "temperature": None} | settings  # options since then
     free = MAY_CHANGE | {"precision"}
     assert {k: v for k, v in settings.items() if k not in free} == {
         k: v for k, v in vars(parse_args([])).items() if k not in free}
