@@ -18,10 +18,6 @@ from plumbing.files import replacing
 FILE = Path(__file__).with_name("results.json")
 
 
-def name_of(run, seed):
-    return run if seed is None else f"{run}-{seed}"
-
-
 def run_of(name):
     return name if name in METHODS else name.rpartition("-")[0]
 
@@ -64,7 +60,7 @@ def collect(seeds, machine, fingerprint):
                 log = folder(run, seed) / "log.txt"
                 times = re.findall(r"after (\d+) s", log.read_text()) if log.exists() else []
                 (blip, _), *_ = splits.values()
-                entries[name_of(run, seed)] = {
+                entries[folder(run, seed).name] = {
                     "options": options_of(run), "blip": blip, "machine": machine,
                     "seconds": sum(map(int, times)),
                     **{split: methods for split, (_, methods) in splits.items()}}
@@ -93,6 +89,6 @@ def measured(ours, seeds, split):
     method = ours.removeprefix("clip ") if ours in FOLDERS else "isa"
     for seed in [None] if ours in FOLDERS else seeds if ours in RUNS else []:
         here = local(run, seed, split)
-        methods = here[1] if here else kept.get(name_of(run, seed), {}).get(split, {})
+        methods = here[1] if here else kept.get(folder(run, seed).name, {}).get(split, {})
         found.append(methods.get(method))
     return [result for result in found if result]

@@ -14,8 +14,7 @@ DRAWN = 32  # candidates of each kind, in one batch
 def read_gallery(folder="data/pocket"):
     """The pocket world in `folder` -> {name of a test image of CIRR: its spec}."""
     drawn = json.loads((Path(folder) / "world.json").read_text())
-    groups = max(4, round(world.GROUPS * drawn["scale"]))
-    return world.make_cirr(specs.Rng(f"cirr test {drawn['seed']}"), "test", groups)[0]
+    return world.cirr_split("test", drawn["seed"], drawn["scale"])[0]
 
 
 def caption(spec):

@@ -27,7 +27,6 @@ from .drawing import draw
 from .specs import Garment, Scene, Thing, holds, random_garment, random_scene, sample, split_of
 
 MIX = {"one": 0.15, "multi": 0.25, "describe": 0.60}  # CIRR's writers mostly describe the target
-GROUPS = 384  # of CIRR, in each split
 FASHION_GALLERY = {"dress": 3817, "shirt": 6346, "toptee": 5373}  # FashionIQ's validation galleries
 ASPECTS = {  # CIRCO's semantic aspects, as far as a modifier's wording shows them
     "addition": ("also", "adds"), "compare_change": ("instead of",),
@@ -157,14 +156,23 @@ def make_fashioniq(rng, split, category, queries, gallery):
     return images, entries
 
 
+def scaled(full, scale):
+    return max(4, round(full * scale))
+
+
+def cirr_split(split, seed, scale):
+    """A world's CIRR, "val" or "test" -> what make_cirr returns, and the generator after it."""
+    rng = specs.Rng(f"cirr {split} {seed}")
+    return *make_cirr(rng, split, scaled(384, scale)), rng
+
+
 def contents(seed=0, scale=1.0):
     """Yields (path, content) of every file: the spec of an image, or what a JSON file holds.
 
     captions.json has a full caption of each image, for pocket.ceilings.
     """
 
-    def size(full):
-        return max(4, round(full * scale))
+    size = partial(scaled, scale=scale)
 
     def captions(images, rng):
         return {str(name): specs.describe(spec, rng, 1.0)[0] for name, spec in images.items()}
@@ -175,8 +183,7 @@ def contents(seed=0, scale=1.0):
 
     texts = {}
     for split, folder, official in (("val", "dev", "val"), ("test", "test1", "test1")):
-        rng = specs.Rng(f"cirr {split} {seed}")
-        images, entries = make_cirr(rng, split, size(GROUPS))
+        images, entries, rng = cirr_split(split, seed, scale)
         texts |= captions(images, rng)
         yield from ((f"cirr/img_raw/{folder}/{name}.png", spec) for name, spec in images.items())
         yield f"cirr/captions/cap.rc2.{official}.json", entries
