@@ -92,8 +92,6 @@ def parse_args(argv=None):
                   weight_decay=0, shuffle_buffer=1, query_size=1, lar_weight=0, temperature=1e-3)
     if args.lr <= 0 or not 0 < args.crop <= 1:
         p.error(f"--lr has to be positive and --crop in (0, 1], not {args.lr} and {args.crop}")
-    if args.mapper == "mlp" and args.tokens != 1:
-        p.error(f"--mapper mlp makes one word: give --tokens 1, not {args.tokens}")
     for name in ("blip", "images"):
         if getattr(args, name) is None and (name == "images" or not args.clip):
             p.error(f"--preset {args.preset} needs --{name}")
@@ -136,7 +134,8 @@ def prepare(args):
 
 def train(args):
     """-> the number of the signal that stopped the run, or 0. ValueError: what the user can fix."""
-    sentences = baselines.read_sentences(args.sentences) if args.loss == "gcd+llm" else None
+    asked = args.loss.split("+")
+    sentences = baselines.read_sentences(args.sentences) if "llm" in asked else None
     run, settings, blip, query_model, data = prepare(args)
     device, precision, (rank, processes) = blip.temp.device, settings["precision"], process()
     if sentences:
@@ -144,7 +143,7 @@ def train(args):
 
     parameters = [p for p in query_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
-    weights = {"gcd": float("gcd" in args.loss), "lar": args.lar_weight, "llm": 1.0}
+    weights = {"gcd": float("gcd" in asked), "lar": args.lar_weight, "llm": 1.0}
     state = settings, blip, data.count, query_model, optimizer
     first = resume_run(run, *state) if args.resume and (run / "last.pt").exists() else 0
     speak = compiled(query_model, device) if args.compile else query_model
@@ -175,11 +174,11 @@ def train(args):
             t = blip.encode_text(words, mask)  # [b, E]; gathered, [B, E]
         terms, seen = {"gcd": isa.global_contrastive_distillation(gather(v), gather(t), tau)}, {}
         with autocast(device, precision):
-            if "lar" in args.loss and terms["gcd"].isfinite():  # no negatives can be drawn from NaN
+            if "lar" in asked and terms["gcd"].isfinite():  # no negatives can be drawn from NaN
                 terms["lar"], logits, labels = isa.local_alignment_regularization(
                     blip, words, mask, F_v.float(), v, t, return_logits=True)
                 seen["matched"] = (logits.argmax(1) == labels).float().mean()
-            elif sentences:
+            if sentences:
                 terms["llm"] = text_regularization(U, v)
         loss = sum(weights[name] * term for name, term in terms.items())  # Eq. 8
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.readers import CATEGORIES, annotation_files, load
 from plumbing.images import decode_sample, list_images, walk
 
-EVALUATED = {"cirr": ("val", "test1"), "fashioniq": ("val",), "circo": ("val", "test")}  # splits
+EVALUATED = {"cirr": ("val", "test1"), "circo": ("val", "test")}  # splits; of others "val" alone
 
 
 def check_benchmark(name, root, splits=None, decode=200, workers=0):
@@ -20,7 +20,7 @@ def check_benchmark(name, root, splits=None, decode=200, workers=0):
     parts, complete = CATEGORIES if name == "fashioniq" else (None,), True
     decoded = set()  # CIRCO's splits share a gallery
     if splits is None:
-        splits = [split for split in EVALUATED[name] if any(
+        splits = [split for split in EVALUATED.get(name, ("val",)) if any(
             file.is_file() for part in parts for file in annotation_files(name, root, split, part))]
     for split, part in product(splits or ["val"], parts):
         files, paths = annotation_files(name, root, split, part), {}

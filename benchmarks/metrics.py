@@ -51,11 +51,11 @@ def score(benchmark, rankings, subset_rankings=None):
     if name == "cirr":
         subsets = rankings if subset_rankings is None else subset_rankings
         subsets = recall(queries, counted(benchmark, subsets, "recall_subset"), (1, 2, 3), "Rs")
-        return recalls | {"Avg": sum(recalls.values()) / 4} | subsets
+        return recalls | {"Avg": sum(recalls.values()) / len(recalls)} | subsets
     maps = {f"mAP@{k}": 100 * sum(average_precision(names, query.targets, k) for query, names
                                   in zip(queries, lists, strict=True)) / len(queries)
             for k in CUTOFFS[name]}
-    return maps | recalls | {"Avg": sum(maps.values()) / 4}
+    return maps | recalls | {"Avg": sum(maps.values()) / len(maps)}
 
 
 def counted(benchmark, rankings, metric="recall"):

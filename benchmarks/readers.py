@@ -8,7 +8,6 @@ from pathlib import Path, PurePosixPath
 
 CATEGORIES = ("dress", "shirt", "toptee")  # FashionIQ is three benchmarks, each with its gallery
 PAPERS = ("cirr", "fashioniq", "circo")  # the pocket world has these
-NAMES = PAPERS
 OPTIONAL = {"target_hard": str, "target": str, "gt_img_ids": list, "semantic_aspects": list[str],
             "modifier_type": str}  # fields of some captions only: test splits have no targets
 ID = (int, str)  # some tools write numbers as strings
@@ -43,20 +42,19 @@ def load(name, root, split="val", category=None):
     unknown name, damaged annotations and a name that leaves `root`.
     """
     files = annotation_files(name, root, split, category)
-    read = {"cirr": _read_cirr, "fashioniq": _read_fashioniq, "circo": _read_circo}[name]
     with remedy("repair it, or download it again from the official source"):
-        benchmark = Benchmark(name, split, *read(Path(root), *files), category)
+        benchmark = Benchmark(name, split, *READERS[name](Path(root), *files), category)
         _check_names(benchmark, files[0])
     return benchmark
 
 
 def annotation_files(name, root, split, category=None):
-    """What `load` requires: [captions, list of images], for CIRCO the first only."""
+    """What `load` requires: [captions, list of images]; annotations/SPLIT.json of any other."""
     if name not in NAMES or category not in (CATEGORIES if name == "fashioniq" else (None,)):
         raise ValueError(f"no benchmark {name!r} with category {category!r}: choose "
                          f"{', '.join(NAMES)}; fashioniq with one of {', '.join(CATEGORIES)}")
     root, stem = Path(root), f"{category or 'rc2'}.{plain_name(split, 'split')}.json"
-    if name == "circo":
+    if name not in ("cirr", "fashioniq"):
         return [root / "annotations" / f"{split}.json"]
     if name == "cirr" and not (root / "captions").is_dir() and (root / "cirr").is_dir():
         root = root / "cirr"  # SEARLE's variant
@@ -126,6 +124,10 @@ def _read_circo(root, annotations):
         stem = f"{int(name):012d}"
         paths[name] = folder / files.get(stem, f"{stem}.jpg")
     return gallery, paths, queries
+
+
+READERS = {"cirr": _read_cirr, "fashioniq": _read_fashioniq, "circo": _read_circo}
+NAMES = tuple(READERS)
 
 
 def _first_with(path, folders):

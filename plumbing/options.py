@@ -56,7 +56,7 @@ def check_options(parser, args, most=MOST, **least):
     if getattr(args, "clip", None) and hasattr(args, "blip"):
         if args.blip not in (None, "pocket"):
             parser.error(f"give --blip {args.blip} or --clip {args.clip}, not both")
-        if "lar" in getattr(args, "loss", ""):
+        if "lar" in getattr(args, "loss", "").split("+"):
             parser.error(f"--loss {args.loss} is not possible: {NO_MATCHING}")
     device = getattr(args, "device", "cpu")
     if device == "mps" or (sys.platform == "darwin" and device != "cpu"):

@@ -111,7 +111,7 @@ def held_bytes(settings, blip, query_model):
     """Bytes of an image during the whole step: its pixels, also in batches to come, and F^v."""
     pixels = query_model.encoder.image_size ** 2
     pixels += blip.image_size ** 2 if settings["cache"] == "none" else 0
-    F_v = blip.visual_encoder.pos_embed.numel() if "lar" in settings["loss"] else 0
+    F_v = blip.visual_encoder.pos_embed.numel() if "lar" in settings["loss"].split("+") else 0
     return 4 * (3 * pixels * (1 + 2 * settings["workers"]) + F_v)
 
 
@@ -133,7 +133,7 @@ def stored_bytes(settings, blip, query_model, images):
             U, _, F_v = U
         words, mask = isa.compose_query(blip, U, prompt=settings["prompt"])
         blip.encode_text(words, mask)
-        if "lar" in settings["loss"]:  # three pairs an image
+        if "lar" in settings["loss"].split("+"):  # three pairs an image
             rows = torch.arange(images, device=device).repeat(3)
             blip.match(words.repeat(3, 1, 1), mask.repeat(3, 1), F_v, rows)
     return sum(x.untyped_storage().nbytes() for x in stored.values())

@@ -60,7 +60,7 @@ class TrainingData:
             v, F_v = (size * len(images) / 1e9 for size in bytes_per_image(blip))
             sizes = f"v {v:.3g} GB, F^v {F_v:.3g} GB"
             print(f"{len(images)} images: {sizes}; --cache {settings['cache']}")
-        self.needs_maps, features = "lar" in settings["loss"], None
+        self.needs_maps, features = "lar" in settings["loss"].split("+"), None
         if settings["cache"] != "none" and settings["gallery"] == "blip":
             maps = self.needs_maps and settings["cache"] == "full"
             features = encode_training_images(blip, images, settings, maps)

@@ -15,11 +15,14 @@ class MLP(nn.Module):
     """Pic2Word's mapping network (its section 3): a feature map's mean -> U [B, 1, d_w].
 
     On a light encoder it is "MLP (single token)" of Tables 5, 11 and 18-20, on the encoder "blip-v"
-    Pic2Word itself.
+    Pic2Word itself. Raises ValueError for more than one token.
     """
 
-    def __init__(self, in_channels, word_dim, hidden=512, dropout=0.1, activation=nn.ReLU):
+    def __init__(self, in_channels, word_dim, tokens=1, hidden=512, dropout=0.1,
+                 activation=nn.ReLU):
         super().__init__()
+        if tokens != 1:
+            raise ValueError(f"the mapper makes one word, not {tokens}: give --tokens 1")
         self.layers = nn.Sequential(
             nn.Linear(in_channels, hidden), activation(), nn.Dropout(dropout),
             nn.Linear(hidden, hidden), activation(), nn.Dropout(dropout),
@@ -36,8 +39,8 @@ class Phi(MLP):
     On CLIP ViT-L/14 768 -> 3072 -> 3072 -> 768, as its authors publish it.
     """
 
-    def __init__(self, in_channels, word_dim, dropout=0.5):
-        super().__init__(in_channels, word_dim, 4 * in_channels, dropout, nn.GELU)
+    def __init__(self, in_channels, word_dim, tokens=1, dropout=0.5):
+        super().__init__(in_channels, word_dim, tokens, 4 * in_channels, dropout, nn.GELU)
 
 
 class TwoSidedModel(isa.QueryModel):

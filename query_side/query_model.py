@@ -4,6 +4,8 @@ A checkpoint is a dict: query_model (state dict), settings (train.py's options),
 fingerprint of its BLIP), images, step; runs/NAME/last.pt also holds the optimizer.
 """
 
+from functools import partial
+
 import torch
 
 import isa
@@ -13,18 +15,19 @@ from plumbing.files import replacing
 from .encoders import build
 from .mappers import MLP, Phi, TwoSidedModel
 
-LEARNERS = {  # --mapper -> what isa.AdaptiveTokenLearner does without (Tables 18-20)
-    "atl": {},
-    "st": dict(self_attention=False, cross_attention=False),
-    "atl-no-ca": dict(cross_attention=False),
-    "atl-no-sa": dict(self_attention=False),
+NETWORKS = {  # mapper -> what makes it of C, d_w and L; the first five are those of Tables 18-20
+    "atl": isa.AdaptiveTokenLearner,
+    "st": partial(isa.AdaptiveTokenLearner, self_attention=False, cross_attention=False),
+    "atl-no-ca": partial(isa.AdaptiveTokenLearner, cross_attention=False),
+    "atl-no-sa": partial(isa.AdaptiveTokenLearner, self_attention=False),
+    "mlp": MLP,
+    "phi": Phi,
 }
-ONE_WORD = {"mlp": MLP, "phi": Phi}
+MAPPERS = tuple(name for name in NETWORKS if name != "phi")  # SEARLE's has a training of its own
 PUBLISHED = {  # the settings of SEARLE's networks, which are bare state dicts
     "encoder": "blip-v", "query_size": None, "mapper": "phi", "tokens": 1, "gallery": "blip",
     "prompt": "a photo of",
 }
-MAPPERS = (*LEARNERS, "mlp")  # that train.py offers; SEARLE's phi has a training of its own
 MAY_CHANGE = {  # settings that a resumed run may have otherwise
     "name", "images", "cache", "cache_dir", "workers", "threads", "resume", "overwrite", "device",
     "save_every", "blip", "clip", "vocab", "compile",
@@ -34,13 +37,10 @@ OTHER_VERSION = ("was written by another version of this program; train again, w
 
 
 def build_query_model(settings, blip, pretrained=None):
-    """The encoder and the mapper that a dict of train.py's options names, on the CPU."""
+    """A dict of train.py's options -> the encoder and mapper that it names, or ValueError."""
     encoder = build(settings["encoder"], pretrained, blip, settings["query_size"])
-    name, sizes = settings["mapper"], (encoder.out_channels, blip.word_dim)
-    if name in LEARNERS:
-        mapper = isa.AdaptiveTokenLearner(*sizes, settings["tokens"], **LEARNERS[name])
-    else:
-        mapper = ONE_WORD[name](*sizes)
+    network = NETWORKS[settings["mapper"]]
+    mapper = network(encoder.out_channels, blip.word_dim, settings["tokens"])
     if settings["gallery"] == "query":
         return TwoSidedModel(encoder, mapper, blip)
     return isa.QueryModel(encoder, mapper)

@@ -269,6 +269,7 @@ CASES = [
         f"{TRAIN} --vocab",
         ("v.txt", "v.txt|5 tokens|belongs", {"v.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n"}),
         ("none.txt", "none.txt|cannot be read|vocab.txt"), ("{blip}", "blip.pth|UTF-8|vocab.txt")),
+    *cases(f"{TRAIN} --mapper", ("mlp", "one word, not 6|--tokens 1")),
     *cases(f"{CIRR} --image-size", ("-64", "image size -64|8 is near")),
     *cases(f"{TRAIN} --image-size", ("60", "image size 60|64 is near"),
            ("80000", "image size 80000|at most 1024")),

@@ -81,6 +81,9 @@ def test_baselines_are_their_formulas(pocket_blip):
     t = torch.stack([text_feature(pocket_blip, text) for text in words])
     wanted = {"image": v, "text": t, "image+text": unit(v + t), "0.5image+text": unit(v / 2 + t)}
     assert wanted.keys() == evaluate.SIMPLE.keys(), "a baseline without its formula here"
+    of_the_paper = {"image", "text", "image+text", "pic2word", "searle", "searle-oti", "isa"}
+    others = {*evaluate.METHODS} - of_the_paper - {*setting_module.ceilings.METHODS}
+    assert others == {*evaluate.NOT_IN_THE_PAPER}, "NOT_IN_THE_PAPER: tables mark these with a *"
     for method, q in wanted.items():
         torch.testing.assert_close(evaluate.SIMPLE[method](pocket_blip, v, words), q)
 

@@ -41,7 +41,7 @@ def test_presets_are_the_papers_and_can_be_overridden():
 
 
 @pytest.mark.parametrize("options, named", [
-    ("stray", "stray"), ("--mapper mlp", "--tokens 1"), ("--preset paper", "--blip"),
+    ("stray", "stray"), ("--preset paper", "--blip"),
     ("--preset paper --blip x", "--images"), *((wrong, wrong.split()[0]) for wrong in (
         "--epoch 3", "--encoder resnet", "--lr 0", "--lr nan", "--lr fast", "--crop 0",
         "--crop 1.5", "--epochs 0", "--batch 1", "--tokens 0", "--save-every 0", "--threads -1",

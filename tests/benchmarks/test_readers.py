@@ -2,17 +2,24 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from conftest import DATA
-from trees import CIRR_NAMES, circo_tree, cirr_tree, edited, fashioniq_tree, refused, touch, write
+from trees import (
+    CIRR_NAMES,
+    TREES,
+    circo_tree,
+    cirr_tree,
+    edited,
+    fashioniq_tree,
+    refused,
+    touch,
+    write,
+)
 
 import benchmarks
-from benchmarks import Query, layout, metrics
-from benchmarks.readers import annotation_files
+from benchmarks import Query, metrics
 
-TREES = {"cirr": cirr_tree, "fashioniq": fashioniq_tree, "circo": circo_tree}
 CAPTIONS = {"cirr": "captions/cap.rc2.val.json", "fashioniq": "captions/cap.dress.val.json",
             "circo": "annotations/val.json"}
 real = pytest.mark.skipif(not (DATA / "cirr" / "captions").is_dir(),
@@ -84,18 +91,20 @@ def test_circo_counts(split, queries, references):
 
 
 @pytest.mark.parametrize("name", benchmarks.NAMES)
-def test_every_benchmark_has_what_its_name_is_looked_up_in(name):
-    """Its files, its tree for `check`, its metrics and the one for tables with little room."""
-    category = "dress" if name == "fashioniq" else None
-    assert annotation_files(name, ".", "val", category), f"{name}: annotation_files"
-    tree = Path(layout.__file__).parent / "trees" / f"{name}.txt"
-    assert tree.is_file() and tree.read_text(), f"{tree} says what `check` expects"
-    assert name in layout.EVALUATED, f"layout.EVALUATED has no splits of {name}"
-    assert metrics.CUTOFFS[name], f"metrics.CUTOFFS has no {name}"
-    one = benchmarks.Benchmark(name, "val", [*"abc"], {}, [
-        Query("1", "a", ["is red"], ["b", "c"], subset=["b"])])
-    found = benchmarks.score(one, {"1": ["b", "c"]})
-    assert found[benchmarks.HEADLINE[name]] == 100 and set(found.values()) == {100}
+def test_every_benchmark_is_read_checked_and_scored(name, tmp_path, capsys):
+    """From a small tree in its layout; a ranking with the targets first has 100 everywhere."""
+    for place, names in {"trees.TREES": TREES, "metrics.CUTOFFS": metrics.CUTOFFS,
+                         "metrics.HEADLINE": metrics.HEADLINE}.items():
+        assert name in names, f"{place} has no {name}"
+    root, category = TREES[name](tmp_path), "dress" if name == "fashioniq" else None
+    benchmarks.check_benchmark(name, root)
+    assert str(root) in capsys.readouterr().out
+    read = benchmarks.load(name, root, "val", category)
+    assert read.queries and all(query.targets for query in read.queries)
+    best = {query.id: query.targets + [image for image in read.gallery
+            if image not in (query.reference, *query.targets)] for query in read.queries}
+    perfect = benchmarks.score(read, best)
+    assert perfect[benchmarks.HEADLINE[name]] == 100 and {*perfect.values()} == {100}, perfect
 
 
 @pytest.mark.parametrize("searle", [False, True])
@@ -291,7 +300,7 @@ def test_malformed_json(tmp_path, name, file, text):
         benchmarks.load(name, root)
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", CAPTIONS)
 def test_other_spellings_of_the_same_annotations(tmp_path, name):
     """Numbers as strings or padded as in file names, null for what is absent, more fields."""
     root, category = TREES[name](tmp_path), "dress" if name == "fashioniq" else None

@@ -84,3 +84,6 @@ def circo_tree(root, images="folder", extension=".jpg"):
         write(coco / "annotations" / "image_info_unlabeled2017.json", {"info": {}, "images": [
             {"id": i, "file_name": f"{i:012d}.jpg"} for i in (111, 7, 30, 2, 5)]})
     return root
+
+
+TREES = {"cirr": cirr_tree, "fashioniq": fashioniq_tree, "circo": circo_tree}

@@ -1,4 +1,4 @@
-"""notebooks/CHANGE.md: its five changes apply to today's tree, are short, and pass their tests."""
+"""notebooks/CHANGE.md: its five changes apply to today's tree, are short, and are guarded."""
 
 import re
 import shlex
@@ -11,9 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "notebooks/CHANGE.md").read_text()
-FOUND = re.findall(r"^## ([^\n]+)$.*?^```diff\n(.*?)^```\n\n    python -m pytest ([^\n]+)$", PAGE,
-                   re.MULTILINE | re.DOTALL)
-each = pytest.mark.parametrize("title, diff, guard", FOUND, ids=[title for title, *_ in FOUND])
+FOUND = re.findall(r"^## ([^\n]+)$.*?^```diff\n(.*?)^```\n\n    python -m pytest ([^\n]+)$.*?"
+                   r"replace `([^`]+)` by `([^`]+)`\.\nThe test says `([^`]+)`\.$",
+                   PAGE, re.MULTILINE | re.DOTALL)
+each = pytest.mark.parametrize("title, diff, guard, right, wrong, says", FOUND,
+                               ids=[title for title, *_ in FOUND])
 
 
 def apply(diff, tree, *options):
@@ -23,7 +25,7 @@ def apply(diff, tree, *options):
 
 
 @each
-def test_each_example_applies_and_is_short(title, diff, guard):
+def test_each_example_applies_and_is_short(title, diff, guard, right, wrong, says):
     apply(diff, ROOT, "--check")
     added, gone = (len(re.findall(rf"^\{sign}(?!\{sign}\{sign})", diff, re.M)) for sign in "+-")
     assert added < 25 and f"| +{added} -{gone} |" in PAGE, (title, added, gone)
@@ -37,11 +39,23 @@ def test_there_are_five():
 
 @pytest.mark.slow
 @each
-def test_each_example_passes_the_test_that_guards_it(title, diff, guard, tmp_path):
+def test_each_example_passes_its_test_and_broken_does_not(
+        title, diff, guard, right, wrong, says, tmp_path):
     tree = tmp_path / "tree"
     skipped = shutil.ignore_patterns(".git", "data", "cache", "runs", "__pycache__", ".venv")
     shutil.copytree(ROOT, tree, ignore=skipped)
+
+    def run():
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += shlex.split(guard)
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+        return done.returncode, done.stdout
+
     apply(diff, tree)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *shlex.split(guard)]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-2000:]
+    status, said = run()
+    assert status == 0 and " passed" in said, said[-2000:]
+    assert diff.count(right) == 1
+    apply(diff, tree, "--reverse")
+    apply(diff.replace(right, wrong), tree)
+    status, said = run()
+    assert status == 1 and re.search(f"^(E .*|FAILED .*){re.escape(says)}", said, re.M), said
