@@ -29,7 +29,7 @@ def pytest_configure(config):
     """Naming only these files runs their slow tests too."""
     named = {Path(argument.split("::")[0]).name for argument in config.args}
     marked = any(a.startswith("-m") for a in config.invocation_params.args)
-    theirs = {"test_notebooks.py", "test_assignments.py", "test_answers.py"}
+    theirs = {path.name for path in (ROOT / "tests/notebooks").glob("test_*.py")}
     if named <= {"notebooks", *theirs} and not marked:
         config.option.markexpr = ""
 
@@ -145,3 +145,20 @@ def weights(run, file="isa.pt"):
 def same(a, b):
     """Whether two state dicts are the same to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium without a window."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
+    programs = shutil.which("chromium"), shutil.which("chromedriver")
+    if not all(programs):
+        pytest.skip("no browser: Debian's chromium and chromium-driver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for option in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,900"):
+        options.add_argument(f"--{option}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
+    yield driver
+    driver.quit()

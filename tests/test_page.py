@@ -355,22 +355,6 @@ def test_ctrl_c(images, tmp_path):
     assert err.splitlines()[-1] == "search.py: the page is closed" and "Traceback" not in err
 
 
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
-    programs = shutil.which("chromium"), shutil.which("chromedriver")
-    if not all(programs):
-        pytest.skip("no browser: Debian's chromium and chromium-driver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    for option in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,900"):
-        options.add_argument(f"--{option}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
-    yield driver
-    driver.quit()
-
-
 def test_in_a_browser(opened, browser, pocket_blip):
     """Pick, type, find what the library finds first, search on from there, and step back."""
     from selenium.webdriver.common.by import By
