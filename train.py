@@ -109,7 +109,8 @@ def learning_rate(step, steps, peak):
 def prepare(args):
     """-> the run's folder, settings, blip, query_model, data; what can fail fails here, early."""
     settings, run = {**vars(args), "device": join_processes(args.device)}, Path("runs") / args.name
-    (rank, processes), begun = process(), (run / "last.pt").exists()
+    rank, processes = process()
+    begun = (run / "last.pt").exists()
     if begun and not (args.resume or args.overwrite):
         raise ValueError(f"{run} already holds a run; continue it with --resume, replace it with "
                          "--overwrite or give another --name")
