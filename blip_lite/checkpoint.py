@@ -299,8 +299,8 @@ def _read_pickle(path, what):
             remedy = "get a state dict or .safetensors from a source you trust"
         raise ValueError(f"{path} {problem}; {remedy}") from None
     if isinstance(state, dict) and "query_model" in state:
-        raise ValueError(f"{path} is a checkpoint of train.py, for --checkpoint; give {what}'s "
-                         "own weights, as in training")
+        raise ValueError(f"{path} is a checkpoint of train.py, for --checkpoint; give a file of "
+                         f"{what} weights")
     state = unwrap(state)
     wanted = 'no state dict, bare or under "model" or "state_dict"'
     problem = None if state and isinstance(state, dict) else wanted

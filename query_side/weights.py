@@ -4,10 +4,9 @@ import math
 from http.client import HTTPException
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 
-from blip_lite.checkpoint import check_finite, read_safetensors, unwrap
+from blip_lite.checkpoint import check_finite, read_files
 
 POCKET = Path(__file__).parents[1] / "pocket" / "pocketnet.pth"  # pocket.classify wrote it
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std; RGB in 0..1
@@ -29,22 +28,12 @@ def imagenet_weights(name):
 
 
 def read_weights(path):
-    """The state dict in a file of torch.save or .safetensors. ValueError for any other pickle."""
-    safe = str(path).endswith(".safetensors")
+    """The state dict in a file of torch.save or .safetensors. ValueError for any other."""
     try:
-        state = read_safetensors(path) if safe else unwrap(
-            torch.load(path, map_location="cpu", weights_only=True))
+        return read_files([Path(path)], "light encoder")
     except OSError as error:
         raise ValueError(f"the weights {path} cannot be read ({error.strerror}); "
                          "give a file's path") from None
-    except Exception:  # torch.load reports damaged files in many ways, read_safetensors in one
-        if safe:
-            raise
-        state = None
-    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise ValueError(f"the weights {path} are damaged, or more than a plain state dict, which "
-                         "is refused; write them with torch.save(model.state_dict(), path)")
-    return state
 
 
 def load_weights(encoder, state, source):

@@ -305,8 +305,8 @@ CASES = [
     *cases(TRAIN, ("", "runs/new|already|--overwrite", {"runs/new/last.pt": ""})),
     *cases(
         f"{TRAIN} --pretrained",
-        ("x.pth", "x.pth|refused|torch.save", {"x.pth": EVIL}),
-        ("none.pth", "none.pth|cannot be read|path"), ("{isa}", "isa.pt|plain state dict"),
+        ("x.pth", "x.pth|run code|refused|trust", {"x.pth": EVIL}),
+        ("none.pth", "none.pth|cannot be read|path"), ("{isa}", "isa.pt|light encoder weights"),
         ("{blip}", "blip.pth|do not fit this encoder"),
         ("pocket --encoder mobilenet_v2", "pocket.classify --encoder mobilenet_v2 --out FILE"),
         ("x.pth", "x.pth|NaN|download", {"x.pth": weights(lambda w: {
