@@ -1,7 +1,7 @@
 """The simple baselines: query features q [B, E] of unit norm, without training.
 
 blip is the frozen BLIP, v [B, E] its features of the reference images, modifiers a list of B texts.
-The last two are not in the paper.
+slerp and product are not in the paper.
 """
 
 import torch

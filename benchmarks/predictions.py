@@ -14,7 +14,7 @@ def predictions(benchmark, rankings, metric="recall"):
     """Rankings -> the JSON document for the test server, as a dict; longer rankings are cut.
 
     CIRR: {"version": "rc2", "metric": metric, pairid: names}. CIRCO: {id: ids as ints}. FashionIQ,
-    which has no server: {category: {id: names}}; join the categories with `|`.
+    which has no server: {category: {id: names}}; join the categories with `|`. Others: {id: names}.
     Raises ValueError for a ranking that is too short, and as `score` does.
     """
     images, document = len(benchmark.gallery) - (benchmark.name == "cirr"), {}
@@ -28,7 +28,9 @@ def predictions(benchmark, rankings, metric="recall"):
         return {"version": "rc2", "metric": metric} | document
     if benchmark.name == "fashioniq":
         return {benchmark.category: document}
-    return {key: [int(name) for name in names] for key, names in document.items()}
+    if benchmark.name == "circo":
+        return {key: [int(name) for name in names] for key, names in document.items()}
+    return document
 
 
 def write_predictions(path, document):

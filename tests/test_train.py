@@ -102,6 +102,7 @@ VARIANTS = {
     "pic2word": "--encoder blip-v --mapper mlp --tokens 1 --loss gcd",
     "mobilenet_v2": "--encoder mobilenet_v2 --query-size 64",
 }
+LOGGED = {"llm": {"llm"}, "pic2word": set()}  # beside GCD
 LEARNERS = {"st": set(), "no-ca": {"Q_r"}, "no-sa": {"Q_c"}, "mlp": set(), "pic2word": set()}
 
 
@@ -129,7 +130,7 @@ def test_variants_train_and_are_read_again(here, pocket_blip, name):
     assert U.shape == (2, settings["tokens"], 128)
 
     (row,) = log(run)
-    other = {"llm": {"llm"}, "pic2word": set()}.get(name, {"lar", "matched"})
+    other = LOGGED.get(name, {"lar", "matched"})
     assert row.keys() == {"step", "loss", "gcd"} | other and math.isfinite(row["loss"])
     terms = (name != "lar") * row["gcd"] + row.get("llm", 0)
     terms += row.get("lar", 0) * (0.5 if name == "half" else 1)

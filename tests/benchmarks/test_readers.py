@@ -100,11 +100,34 @@ def test_every_benchmark_is_read_checked_and_scored(name, tmp_path, capsys):
     benchmarks.check_benchmark(name, root)
     assert str(root) in capsys.readouterr().out
     read = benchmarks.load(name, root, "val", category)
-    assert read.queries and all(query.targets for query in read.queries)
+    said = " ".join(file.read_text() for file in root.rglob("*.json"))
+    for query in read.queries:
+        texts = [query.id, query.reference, *query.captions, *query.targets]
+        assert query.targets and all(type(text) is str for text in texts), query
+        assert type(query.captions) is list and all(text in said for text in query.captions), query
     best = {query.id: query.targets + [image for image in read.gallery
-            if image not in (query.reference, *query.targets)] for query in read.queries}
+                                       if image not in query.targets] for query in read.queries}
     perfect = benchmarks.score(read, best)
     assert perfect[benchmarks.HEADLINE[name]] == 100 and {*perfect.values()} == {100}, perfect
+    path = tmp_path / "predictions.json"
+    benchmarks.write_predictions(path, benchmarks.predictions(read, best))
+    again = benchmarks.score(read, benchmarks.read_predictions(path, read))
+    assert again == perfect
+    path.unlink()
+    for file in root.rglob("*.json"):
+        edited(file, lambda notes: renamed(notes, query.reference, "../../x"))
+    if "../../x" in " ".join(file.read_text() for file in root.rglob("*.json")):  # CIRCO has ids
+        with refused(ValueError, r"\.\./\.\./x"):  # it would leave the root
+            benchmarks.load(name, root, "val", category)
+
+
+def renamed(content, old, new):
+    """JSON with another name wherever a string is `old`, also as a key."""
+    if isinstance(content, dict):
+        return {new if k == old else k: renamed(x, old, new) for k, x in content.items()}
+    if isinstance(content, list):
+        return [renamed(x, old, new) for x in content]
+    return new if content == old else content
 
 
 @pytest.mark.parametrize("searle", [False, True])

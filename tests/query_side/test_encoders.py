@@ -436,6 +436,14 @@ def test_every_encoder_says_how_many_channels_its_map_has(name, pocket_blip):
     assert feature_map.dim() == 4 and len(feature_map) == 2, f"{name} gives {feature_map.shape}"
     assert encoder.out_channels == feature_map.shape[1], (
         f"{name}.out_channels is {encoder.out_channels}, its map has {feature_map.shape[1]}")
+    x = pixels(encoder.image_size, 2)
+    with torch.no_grad():
+        both, alone = liven(encoder)(x), encoder(x[:1])
+        assert not torch.equal(both[0], both[1]), f"{name} makes the same map of two images"
+        far = (both[:1] - alone).abs().max() / both.abs().max()
+        assert far < 1e-3, f"{name} mixes the images of a batch"
+        if not name.startswith("blip"):
+            query_side.build(name, image_size=96).eval()(pixels(96))  # --query-size
 
 
 @pytest.mark.parametrize("image_size", [-224, 31, 1025, 224.0, "224", True])

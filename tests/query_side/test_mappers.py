@@ -62,10 +62,14 @@ def test_every_mapper_makes_words_that_blip_can_read(name, pocket_blip):
     torch.manual_seed(0)
     tokens = 1 if name == "mlp" else 4
     model = build_query_model(SETTINGS | dict(mapper=name, tokens=tokens), pocket_blip).eval()
-    U = model(torch.randn(3, 3, 64, 64))
+    images = torch.randn(3, 3, 64, 64)
+    U = model(images)
     assert U.shape[:2] == (3, tokens), f"{name} makes {U.shape[1]} tokens, asked for {tokens}"
     assert U.shape[2] == pocket_blip.word_dim, f"{name}: {U.shape[2]} numbers a token"
     assert not torch.allclose(U[0], U[1], atol=1e-7), f"{name} says the same of two images"
+    assert tokens == 1 or not torch.equal(U[:, 0], U[:, 1]), f"{name} repeats one token"
+    torch.testing.assert_close(U[:1], model(images[:1]), msg=f"{name} mixes the images of a batch")
+    model(torch.randn(1, 3, 96, 96))  # a map of another size
     pocket_blip.encode_text(*isa.compose_query(pocket_blip, U, ["is red"] * 3)).square().sum()
     model.train()(torch.randn(3, 3, 64, 64)).square().sum().backward()
     for key, p in model.mapper.named_parameters():
