@@ -3,6 +3,7 @@
     python notebooks/make.py hand-out --out DIR    # no outputs, answers folded: for predicting
     python notebooks/make.py html --out DIR        # static pages, outputs included
     python notebooks/make.py address URL           # write the repository's address everywhere
+    python notebooks/make.py ranges                # run them all again: ranges.json
 
 `hand-out` folds the prose that follows a result behind "Answer". The code cells stay as they are.
 """
@@ -15,19 +16,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NUMBER = re.compile(r"(?<![\w@/.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?(?!\w)")  # not R@1's
 ADDRESS = re.compile(r'^ADDRESS = "(.*)"', re.MULTILINE)
 FOLDED = "<details><summary>Answer</summary>\n\n{}\n\n</details>"
-
-
-def numbers(line):
-    """The numbers of a printed line, as floats."""
-    return [float(x.replace(",", "")) for x in NUMBER.findall(line)]
-
-
-def words(line):
-    """A printed line without its numbers and blanks: where `ranges.json` looks it up."""
-    return " ".join(NUMBER.sub("#", line).split())
 
 
 def notebooks():
@@ -100,15 +90,31 @@ def set_address(args):
     print(f"the first cells clone from {args.url}")
 
 
+def make_ranges(args):
+    import ranges
+
+    chosen = [x for x in notebooks() if int(x[0].name[:2]) in args.notebooks]
+    try:
+        ranges.write(chosen, args.seeds)
+    except (ImportError, ValueError) as error:
+        sys.exit(f"make.py: ranges: {error}; see notebooks/README.md, How to start")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(required=True)
-    for name, run in {"hand-out": make_hand_out, "html": make_html, "address": set_address}.items():
+    for name, run in {"hand-out": make_hand_out, "html": make_html, "address": set_address,
+                      "ranges": make_ranges}.items():
         command = commands.add_parser(name)
         command.set_defaults(run=run)
         if name == "address":
             command.add_argument("url", help="what `git clone` takes")
+        elif name == "ranges":
+            command.add_argument("--notebooks", type=int, nargs="+", default=range(1, 7),
+                                 choices=range(1, 7), metavar="N", help="all six by default")
+            command.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), metavar="N",
+                                 help="0: as committed; others are added to each, in thousands")
         else:
             command.add_argument("--out", type=Path, required=True, help="a folder")
     args = p.parse_args()

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from notebooks import make
+from notebooks import make, ranges
 from pocket import world
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CODE_BASE = [*ROOT.glob("*.py"), *ROOT.glob("[!t]*/*.py")]  # all but tests
 PICTURES = "image/png", "image/gif", "text/html"
-RANGES = ROOT / "notebooks/ranges.json"
 each = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
 
 
@@ -52,26 +51,6 @@ def solutions(stem):
                         r"Solution</summary>\n\n```python\n(.+?)\n```", part, re.DOTALL)
     assert len(folded) == part.count("<summary>Solution") == part.count("<summary>Hint")
     return folded
-
-
-def outputs_of(cells):
-    """What cells printed, one text for each line."""
-    printed = [output["text"] for cell in cells for output in cell.get("outputs", [])
-               if output.get("name") == "stdout"]
-    return [line for text in printed for line in "".join(text).splitlines()]
-
-
-def out_of_range(lines, ranges):
-    """Lines whose numbers leave the ranges of a line with the same words; and missing lines."""
-    wrong, seen = [], set()
-    for line in lines:
-        words = make.words(line)
-        if words in ranges:
-            seen.add(words)
-            for x, (low, high) in zip(make.numbers(line), ranges[words], strict=True):
-                if not low <= x <= high:
-                    wrong.append(f"{x} is not in {low}..{high}: {line}")
-    return wrong + [f"was not printed: {words}" for words in ranges.keys() - seen]
 
 
 def texts(value):
@@ -165,17 +144,70 @@ def test_the_files_that_it_links_to_exist(path):
         assert (path.parent / target).exists(), target
 
 
+def accepted_ranges(path):
+    return json.loads(ranges.RANGES.read_text(encoding="utf-8"))[path.stem]
+
+
 @each
 def test_its_committed_numbers_are_in_the_accepted_ranges(path):
     """And the ranges are ranges: a number beside them is refused."""
-    ranges = json.loads(RANGES.read_text(encoding="utf-8"))[path.stem]
-    said = outputs_of(read(path)["cells"])
-    assert ranges and not out_of_range(said, ranges)
-    words, ((low, high), *_) = next((k, v) for k, v in ranges.items() if v)
-    line = next(line for line in said if make.words(line) == words)
-    number = make.NUMBER.search(line)
-    spoilt = f"{line[: number.start()]}{high + 1000}{line[number.end() :]}"
-    assert out_of_range([spoilt], {words: ranges[words]}) and low <= high
+    accepted, said = accepted_ranges(path), ranges.outputs_of(read(path)["cells"])
+    assert accepted and not ranges.out_of_range(said, accepted)
+    for words, line in ranges.by_words(said).items():
+        if words.endswith("]") or words not in accepted:  # spoilt alone, it would be the first
+            continue
+        number, (low, high) = ranges.NUMBER.search(line), accepted[words][0]
+        spoilt = f"{line[: number.start()]}{high + 1000}{line[number.end() :]}"
+        assert low <= high and ranges.out_of_range([spoilt], {words: accepted[words]}), line
+
+
+def test_a_range_holds_what_every_seed_and_precision_printed():
+    runs = [["R@1 61.2 of 1,536", "L = 1: -1.5", "L = 2: +3.0", "found 2 %", "error 4e-06",
+             "isa 61.2 %, in 12 ms", "wrote 12 bytes", "a house 3"],
+            ["R@1 64.2 of 1,536", "L = 1: +0.5", "L = 2: +3.1", "found 0 %", "error 1e-06",
+             "isa 61.2 %, in 99 ms", "wrote 99 bytes", "a cat 3"]]
+    found = ranges.ranges_of(runs)
+    assert found == {  # by hand; times, sizes and what one run alone says have none
+        "R@1 # of #": [[60.558, 64.842], [1536, 1536]],  # a hundredth of 64.2; an exact count
+        "L = #: #": [[1, 1], [-1.7, 0.7]],  # a tenth of 2
+        "L = #: # [2]": [[2, 2], [2.9, 3.2]],  # a last digit; the second line of these words
+        "found # %": [[0, 3]],  # a last digit, not below 0
+        "error #": [[0, 4e-05]],  # ten times as much
+    }
+    good = ["R@1 64.8 of 1,536", "L = 1: 0.7", "L = 2: 2.9", "found 3 %", "error 4e-05"]
+    assert not any(ranges.out_of_range(lines, found) for lines in (*runs, good))
+    for i, bad in enumerate(("R@1 64.8 of 1,535", "L = 1: 0.8", "L = 2: 2.8", "found 4 %", "")):
+        (wrong,) = ranges.out_of_range([*good[:i], bad, *good[i + 1 :]], found)
+        assert bad in wrong and bool(bad) != wrong.startswith("was not printed: error")
+
+
+def test_another_run_has_other_seeds_and_another_precision():
+    """Only those: not a number that is no seed, nor what a kernel of fp32 would not notice."""
+    for path in PATHS:
+        code = ranges.code_of(read(path), 0, "fp32")
+        assert code == sources(path, "code")
+        other, bf16 = "".join(ranges.code_of(read(path), 2, "fp32")), "".join(
+            ranges.code_of(read(path), 0, "bf16"))
+        seeds = re.findall(r"(?:manual_seed|default_rng|\bRng)\((.+?)\)", other)
+        assert all(x.endswith(" + 2000") for x in seeds) and "fp32" not in bf16
+        assert other.replace(" + 2000", "") == "".join(code)
+    assert "--seed {seed + 1000} " in "".join(ranges.code_of(read(PATHS[3]), 1, "fp32"))
+
+
+def test_a_line_that_the_kernel_sends_in_two_pieces_is_one_line():
+    pieces = [{"name": "stdout", "text": x} for x in (["1\n", "40"], "0 files\n", "2\n")]
+    assert ranges.outputs_of([{"outputs": pieces}, {}]) == ["1", "400 files", "2"]
+
+
+def test_a_run_is_kept_until_its_cells_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranges, "KEPT", tmp_path / "cache/ranges")
+    monkeypatch.setattr(ranges, "execute", lambda cells, clone: (said.pop(), []))
+    said, document = [["3"], ["2"], ["1"]], read(PATHS[1])
+    begin = [ranges.kept_run(PATHS[1], document, tmp_path, 0, "fp32") for _ in range(2)]
+    document["cells"][1]["source"] += ["\n1"]
+    assert begin == [["1"], ["1"]]
+    assert ranges.kept_run(PATHS[1], document, tmp_path, 0, "bf16") == ["2"]
+    assert ranges.kept_run(PATHS[1], document, tmp_path, 0, "fp32") == ["3"]
 
 
 def first_cell(folder, changed=lambda code: code):
@@ -240,8 +272,11 @@ def test_the_hand_out_has_no_outputs_and_folds_the_answers(tmp_path):
         assert unfolded.replace("\n\n</details>", "") == old
         folded = re.findall(r"<details>.*?</details>", new, re.DOTALL)
         assert len(folded) >= 2 and not any("**Predict" in text for text in folded)
-    one = "\n".join(sources(tmp_path / "out" / PATHS[0].name, "markdown"))
-    assert re.search(r'<details><summary>Answer</summary>\n\n"describe" gives away', one)
+    for path, begins in {PATHS[0]: ['"describe" gives away'],
+                         PATHS[4]: ["What to read here", "Nine in ten of the nearest"]}.items():
+        new = "\n".join(sources(tmp_path / "out" / path.name, "markdown"))
+        for answer in begins:  # not an introduction to the next cell
+            assert f"<details><summary>Answer</summary>\n\n{answer}" in new
 
 
 def test_the_hand_out_is_not_written_over_the_notebooks():
@@ -277,14 +312,10 @@ def drawn(tmp_path_factory):
 @pytest.fixture
 def clone(drawn, tmp_path):
     """The source tree as in a fresh clone, including uncommitted changes, plus only data/."""
-    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT,
-                            capture_output=True)
-    if listed.returncode:
-        pytest.skip("not a git repository, so what belongs to the source is unknown")
-    for name in filter(None, listed.stdout.decode().split("\0")):
-        if (ROOT / name).is_file():  # it may be deleted, and that not committed
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    try:
+        ranges.copy_tree(tmp_path)
+    except ValueError as error:
+        pytest.skip(str(error))
     (tmp_path / "data").symlink_to(drawn, target_is_directory=True)
     return tmp_path
 
@@ -299,8 +330,7 @@ def test_it_runs_from_top_to_bottom(path, clone, capsys):
     cells = len(notebook.cells)
     notebook.cells += [nbformat.v4.new_code_cell(code) for _, code in solutions(path.stem)]
     nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()
-    said = outputs_of(notebook.cells[:cells])
-    wrong = out_of_range(said, json.loads(RANGES.read_text(encoding="utf-8"))[path.stem])
+    wrong = ranges.out_of_range(ranges.outputs_of(notebook.cells[:cells]), accepted_ranges(path))
     assert not wrong, "\n".join(wrong)
     with capsys.disabled():
         print(f" {path.name}: {time.perf_counter() - began:.0f} s ", end="")
