@@ -41,10 +41,9 @@ def config(act="quick_gelu", size=32, patch=8, depth=2, widths=(128, 64), heads=
 
 def hugging_face(folder, **sizes):
     """transformers' CLIP with made-up weights, saved to a folder, with a vocabulary."""
-    from transformers import CLIPModel
-
+    transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
-        model = CLIPModel(config(**sizes)).eval()
+        model = transformers.CLIPModel(config(**sizes)).eval()
     filled(model)
     with torch.no_grad():
         model.logit_scale.fill_(math.log(1 / 0.05))
