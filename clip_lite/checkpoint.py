@@ -89,16 +89,12 @@ def load(source, vocab=None, image_size=None, device="cpu"):
     return frozen(clip, state, files, device)
 
 
-def is_hugging_face(state):
-    return any(name.startswith(("text_model.", "vision_model.")) for name in state)
-
-
 def read_config(folder, state):
-    """What weights do not tell: QuickGELU or GELU, heads, perhaps the statistics of images.
+    """What weights do not tell: QuickGELU or GELU, heads, perhaps how images are prepared.
 
     From Hugging Face's config.json and preprocessor_config.json, or open_clip_config.json.
     """
-    theirs = is_hugging_face(state)
+    theirs = any(name.startswith(("text_model.", "vision_model.")) for name in state)
     file = folder / CONFIGS[0 if theirs else 1]
     if not file.is_file():
         raise ValueError(f"GELU or QuickGELU? {file.name} tells; put it beside the weights")
@@ -115,10 +111,13 @@ def read_config(folder, state):
             model, look = config["model_cfg"], config.get("preprocess_cfg") or {}
             image, text, quick = model["vision_cfg"], model["text_cfg"], model.get("quick_gelu")
             heads = image["width"] // image.get("head_width", 64), text.get("heads", 8)
-        found = {"quick": bool(quick), "image_heads": int(heads[0]), "text_heads": int(heads[1])}
+        whole = {"shortest": False, "squash": True}[look.get("resize_mode", "shortest")]
+        found = {"quick": bool(quick), "image_heads": int(heads[0]), "text_heads": int(heads[1]),
+                 "whole": whole or look.get("do_center_crop") is False}
         look = {k: look.get(k) or look.get(f"image_{k}") for k in ("mean", "std")}
-        return found | {k: [float(x) for x in values] for k, values in look.items() if values}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return found | {k: [float(x) for x, _ in zip(values, "RGB", strict=True)]
+                        for k, values in look.items() if values}
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
         raise ValueError(f"{file} is not the configuration of a CLIP; get it again") from None
 
 
@@ -126,11 +125,11 @@ def in_our_names(state):
     """A state dict of theirs -> in the names and shapes of Clip's; one of ours stays as it is."""
     if "temp" in state:
         return state
-    new, transposed = {}, not is_hugging_face(state)
+    new = {}
     for name, x in state.items():
+        x = x.T if name in ("visual.proj", "text_projection") else x  # no nn.Linear's
         for theirs, ours in NAMES.items():
             name = re.sub(theirs, ours, name)
-        x = x.T if transposed and name in ("vision_proj.weight", "text_proj.weight") else x
         if name in ("visual_encoder.cls_token", "visual_encoder.pos_embed"):
             x = x[(None,) * (3 - x.dim())]  # [D] -> [1, 1, D]
         if not UNUSED.fullmatch(name):

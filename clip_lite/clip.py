@@ -94,9 +94,10 @@ class Clip(nn.Module):
         self.image_size, self.word_dim, self.embed_dim = S, d_w, E
         self.max_positions = s["max_positions"]
         mean, std = s.get("mean", blip_lite.MEAN), s.get("std", blip_lite.STD)
-        self.square, self.normalization = to_square, (mean, std)
+        self.square = blip_lite.to_square if s.get("whole") else to_square
+        self.normalization = mean, std
         self.preprocess = partial(blip_lite.to_pixels, image_size=S, mean=mean, std=std,
-                                  square=to_square)
+                                  square=self.square)
         self.tokenizer, self.fingerprint = tokenizer, ""
         self.visual_encoder = VisionTransformer(S, s["patch_size"], D, 0, s["stem"])
         self.visual_encoder.norm_pre = nn.LayerNorm(D)

@@ -155,6 +155,21 @@ def test_hugging_face_equals_transformers(tmp_path, sizes):
     assert other.fingerprint == clip.fingerprint.split("@")[0] + "@64"
 
 
+def assert_squashed(clip):
+    """The whole image is seen, not the square in its middle."""
+    striped = Image.new("RGB", (96, 32), "black")
+    striped.paste("white", (0, 0, 24, 32))
+    (mean, *_), (std, *_) = clip.normalization
+    row = clip.preprocess(striped)[0, 16] * std + mean
+    assert row[:7].min() > 0.9 and row[10:].max() < 0.1 and len(row) == clip.image_size == 32
+
+
+def test_hugging_face_without_center_crop(tmp_path):
+    hugging_face(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"do_center_crop": false}')
+    assert_squashed(clip_lite.load(tmp_path))
+
+
 @pytest.mark.parametrize("act, quick", [("quick_gelu", True), ("gelu", False)])
 def test_openclip_files(tmp_path, act, quick):
     from safetensors.torch import save_file
@@ -183,6 +198,13 @@ def test_openclip_files(tmp_path, act, quick):
     white = other.preprocess(Image.new("RGB", (40, 32), "white"))
     plain = [(1 - m) / s for m, s in zip(blip_lite.MEAN, blip_lite.STD, strict=True)]
     assert white.mean((1, 2)).tolist() == pytest.approx(plain)
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {"resize_mode": "squash"}}))
+    assert_squashed(clip_lite.load(folder))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {"resize_mode": "longest"}}))
+    with pytest.raises(ValueError, match="open_clip_config.json is not the configuration"):
+        clip_lite.load(folder)
     (folder / "open_clip_config.json").unlink()
     with pytest.raises(ValueError, match="epoch_3.pt: GELU or QuickGELU.*open_clip_config.json"):
         clip_lite.load(folder / "epoch_3.pt")
@@ -330,6 +352,10 @@ LAYER = "vision_model.encoder.layers.0."
      "all.bin: a width of 128 cannot be shared among 3 heads"),
     (rewritten("config.json", lambda c: c["text_config"].update(num_attention_heads=0)),
      "among 0 heads"),
+    (rewritten("config.json", lambda c: c["vision_config"].update(num_attention_heads=1e400)),
+     "config.json is not the configuration"),
+    (lambda f: (f / "preprocessor_config.json").write_text('{"image_mean": [0.5]}'),
+     "config.json is not the configuration"),
     (lambda f: (f / "merges.txt").unlink(), "no bpe_simple_vocab.* or merges.txt beside .*all.bin"),
     (lambda f: (f / "merges.txt").write_text("a b\n"), "515 tokens, but the weights know 518"),
     (spoilt(lambda s: s.pop(LAYER + "mlp.fc1.bias")),
