@@ -170,7 +170,7 @@ def main(args):
     prompt = trained["prompt"]
     check_lengths(blip, prompt, trained["tokens"], [("--text", isa.continuation(args.text))])
     if unknown := blip.tokenizer.unknown_words(args.text):
-        print(f"not in BLIP's vocabulary: {', '.join(unknown)}", file=sys.stderr)
+        print(f"not in the model's vocabulary: {', '.join(unknown)}", file=sys.stderr)
 
     if args.rerank:
         benchmarks.check_reranking(blip, args.rerank, {args.gallery: len(paths)})

@@ -20,6 +20,7 @@ from plumbing.files import check_folder, drafted, explained
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # PIL warns about files it can still read
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no EPS: PIL would run Ghostscript
 LEFT_OVER = {  # in lower case: what macOS, NAS boxes and Windows leave in folders, beside .* files
     "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found",
     "system volume information", "thumbs.db", "desktop.ini"}
@@ -27,14 +28,14 @@ DELETE = "delete its folder, then it is computed again"
 SKIP = "fix or remove them, or let train.py skip them with --skip-bad-images"
 
 
-def open_image(name, file=None, formats=None):
+def open_image(name, file=None):
     """A path, or a name and a BytesIO -> a decoded PIL image, of an animation the first frame.
 
-    formats: names of PIL's that are tried, by default all. ValueError if it is damaged, or beyond
-    PIL's limit of 179 million pixels.
+    ValueError if it is damaged, of another format than FORMATS whatever its suffix, or beyond PIL's
+    limit of 179 million pixels.
     """
     try:
-        image = Image.open(file or name, formats=formats)
+        image = Image.open(file or name, formats=FORMATS)
         image.load()
         return image
     except FileNotFoundError:
@@ -60,7 +61,8 @@ def _problem(name, file, error):
         f"exceeds the limit of {2 * Image.MAX_IMAGE_PIXELS} pixels":
             isinstance(error, Image.DecompressionBombError),
         "cannot be read as an image (image file is truncated)": "truncated" in str(error),
-        "cannot be read as an image (it is none)": isinstance(error, UnidentifiedImageError),
+        f"cannot be read as an image (it is none of {', '.join(FORMATS)})":
+            isinstance(error, UnidentifiedImageError),
     }
     default = f"cannot be read as an image ({error})"
     return next((words for words, found in problems.items() if found), default)

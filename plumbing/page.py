@@ -28,7 +28,6 @@ IMAGE_BYTES, TEXT_WORDS, TEXT_LETTERS = 20_000_000, 600, 6_000  # the most that 
 BODY_BYTES = IMAGE_BYTES * 4 // 3 + 100_000  # base64, and JSON around it
 SECONDS = 20  # for a request to arrive
 SIDE, SHOWN = 320, 12  # pixels of a thumbnail; photos to choose from
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no EPS: PIL would run Ghostscript
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -57,7 +56,8 @@ def serve(server, page):
     page: photos (paths), labels (alternative texts), info (a dict for the page) and search(image,
     number, text, compare, rerank) -> dict, all for JSON.
     """
-    server.page, server.lock, server.html = page, threading.Lock(), HTML.read_bytes()
+    server.page, server.lock = page, threading.Lock()
+    server.html = HTML.read_text("utf-8").encode()  # with \n alone, as browsers hash it (policy)
     server.thumbnail = lru_cache(1000)(
         lambda number: as_jpeg(small(blip_lite.to_rgb(open_image(page.photos[number])), SIDE)))
     try:
@@ -141,7 +141,8 @@ class Handler(BaseHTTPRequestHandler):
         if not isinstance(text, str) or not all(isinstance(on, bool) for on in switches):
             raise Refused(400, "text has to be a string, compare and rerank true or false")
         if len(text) > TEXT_LETTERS or len(text.split()) > TEXT_WORDS:
-            raise Refused(413, f"the text is longer than {TEXT_WORDS} words; shorten it")
+            raise Refused(413, f"the text is longer than {TEXT_WORDS} words or "
+                               f"{TEXT_LETTERS} letters; shorten it")
         if switches[1] and not page.info["rerank"]:
             raise Refused(400, "this model has no matching head to re-rank with")
         if ("photo" in asked) == ("image" in asked):
@@ -150,7 +151,7 @@ class Handler(BaseHTTPRequestHandler):
         data = read_base64(asked["image"]) if number is None else None
         with self.server.lock:  # one search at a time: one image decoded, one model at work
             image = (open_image(page.photos[number]) if data is None else
-                     open_image("your picture", io.BytesIO(data), FORMATS))
+                     open_image("your picture", io.BytesIO(data)))
             return as_json(page.search(image, number, text, *switches))
 
     def read_body(self):

@@ -59,6 +59,19 @@ def port(opened):
     return opened[0]
 
 
+def test_line_ends_of_windows(opened, tmp_path, monkeypatch):
+    """A browser makes them \\n before it compares a script with the policy's hash."""
+    monkeypatch.setattr(page, "HTML", tmp_path / "page.html")
+    text = (ROOT / "plumbing/page.html").read_bytes()
+    page.HTML.write_bytes(text.replace(b"\n", b"\r\n"))
+    server = page.open_server(0)
+    thread = threading.Thread(target=page.serve, args=(server, opened[1]), daemon=True)
+    thread.start()
+    assert ask(server.server_address[1], "GET", "/")[2] == text
+    server.shutdown()
+    thread.join()
+
+
 def ask(port, method, path, body=None, **headers):
     """-> status, headers, body of one request."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -185,7 +198,7 @@ def test_suggestions_find_what_they_say(opened):
 
 def test_words_are_bounded_and_unknown_ones_named(port):
     assert post(port, {"photo": 1, "text": "has a helicopter"})[1]["unknown"] == ["helicopter"]
-    for text, status, part in (("red " * 601, 413, "600 words"), ("x" * 6001, 413, "600 words"),
+    for text, status, part in (("red " * 601, 413, "600 words"), ("x" * 6001, 413, "6000 letters"),
                                ("red " * 100, 400, "64 positions")):
         found, answer = post(port, {"photo": 1, "text": text})
         assert found == status and part in answer["error"]

@@ -102,7 +102,7 @@ def plain_ranking(blip, photos, image, text):
 
 def test_words_that_the_model_never_saw_are_named(run, photos):
     done, known = run(photos, text="is a helicopter at night"), run(photos, text="is at night")
-    assert "not in BLIP's vocabulary: helicopter\n" in done.err and "vocab" not in known.err
+    assert "not in the model's vocabulary: helicopter\n" in done.err and "vocab" not in known.err
     assert done.status == 0 and len(done.out.splitlines()) == 10
 
 

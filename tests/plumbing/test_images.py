@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import shutil
+import struct
 import tarfile
 
 import numpy as np
@@ -36,16 +37,20 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:-900])
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) show\n%%EOF\n"
+BOMB = struct.pack("<2sQIIiiHH24x", b"BM", 0, 54, 40, 30_000, 30_000, 1, 24)  # a BMP's head
+
 DAMAGED = {
     "missing": (lambda path: None, "there is no such image"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
-    "text": (lambda path: path.write_text("not found"), "cannot be read as an image (it is none)"),
+    "text": (lambda path: path.write_text("not found"), "cannot be read as an image (it is none"),
+    "EPS": (lambda path: path.write_bytes(EPS), "cannot be read as an image (it is none of"),
     "page": (lambda path: path.write_text("\ufeff\n<!DOCTYPE html>"), "is a web page"),
     "error of a server": (lambda path: path.write_text("<?xml version='1.0'?><Error>"), "is a web"),
     "pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid x"),
                 "is a git-lfs pointer"),
     "HEIC": (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(99)), "is HEIC"),
-    "bomb": (lambda path: path.write_bytes(b"P5 30000 30000 255\n"), "exceeds the limit of 178"),
+    "bomb": (lambda path: path.write_bytes(BOMB), "exceeds the limit of 178"),
     "truncated": (truncated, "cannot be read as an image (image file is truncated)"),
     "folder": (lambda path: path.mkdir(), "cannot be read as an image"),
 }
