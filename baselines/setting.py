@@ -13,7 +13,7 @@ import baselines
 import benchmarks
 import isa
 import query_side
-from baselines.searle import invert
+from baselines.searle import INVERTED_TOGETHER, invert
 from plumbing.features import image_features
 from plumbing.images import list_images, load_images
 from plumbing.precision import autocast
@@ -169,7 +169,8 @@ class Setting:
             regularize = baselines.TextRegularization(
                 blip, baselines.read_sentences(self.sentences), precision=self.precision)
             v = self.v[used].to(self.device)
-            U = invert(blip, v, regularize, precision=self.precision)
+            U = torch.cat([invert(blip, v[i], regularize, precision=self.precision, numbers=i)
+                           for i in torch.arange(len(v)).split(INVERTED_TOGETHER)])
         else:
             U, _ = self.encode_images(query_model, [self.names[i] for i in used.tolist()])
         own = torch.searchsorted(used, self.references)  # [Q]: rows of U [R, L, d_w]

@@ -150,11 +150,13 @@ def test_inversion_of_the_references_is_a_method(setting, monkeypatch, pocket_bl
     """searle-oti inverts each reference once, also one that the gallery does not hold."""
     asked = []
 
-    def invert(blip, v, regularize, **options):
-        asked.append(v)
+    def invert(blip, v, regularize, numbers, **options):
+        asked.extend(numbers.tolist())
+        assert len(v) == len(numbers) <= 5
         return torch.zeros(len(v), 1, 128) + v[:, :1, None]
 
     monkeypatch.setattr(setting_module, "invert", invert)
+    monkeypatch.setattr(setting_module, "INVERTED_TOGETHER", 5)
 
     def without_one(b):
         return replace(b, gallery=[x for x in b.gallery[::-1] if x != b.queries[3].reference])
@@ -162,7 +164,8 @@ def test_inversion_of_the_references_is_a_method(setting, monkeypatch, pocket_bl
     val = setting("circo", change=without_one)
     q, queries = val.query_features("searle-oti"), val.benchmark.queries
     assert val.names == [*val.benchmark.gallery, queries[3].reference]
-    assert len(asked[0]) == len({query.reference for query in queries}) < len(q) + 1
+    assert asked == [*range(len({query.reference for query in queries}))] and 5 < len(asked)
+    assert len(asked) < len(q) + 1
     for row in (0, 3):
         U = torch.zeros(1, 1, 128) + val.v[val.names.index(queries[row].reference)][0]
         with torch.no_grad():
