@@ -38,6 +38,7 @@ def to_rgb(pil):
         pil = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     if turn is not None:
         pil = pil.transpose(turn)
+        pil.info = {}  # its EXIF as well: whoever comes next would turn it again
     if pil.mode == "RGB":
         return pil
     if "transparency" in pil.info:  # PIL would warn, and fail if it names no colour of the palette

@@ -497,14 +497,18 @@ def test_pixels_equal_torchvision(mode, size):
     assert ours.dtype == torch.float32 and ours.is_contiguous() and torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation):
+def test_exif_orientation_is_applied_once(orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = io.BytesIO()
-    picture(90, 60).save(file, "JPEG", exif=exif)
+    picture(90, 60).save(file, kind, exif=exif)
     upright = ImageOps.exif_transpose(Image.open(file))
     assert torch.equal(pixels_of(Image.open(file)), pixels_of(Image.fromarray(np.array(upright))))
+    again = blip_lite.to_rgb(Image.open(file))  # as search.py and the training images call it
+    assert torch.equal(pixels_of(again), pixels_of(Image.open(file)))
+    assert again.size == upright.size and again.tobytes() == blip_lite.to_rgb(again).tobytes()
     stored = pixels_of(Image.fromarray(np.array(Image.open(file))))
     assert torch.equal(stored, pixels_of(Image.open(file))) == (orientation == 1)
 
