@@ -141,7 +141,6 @@ def train(args):
     device, precision, (rank, processes) = blip.temp.device, settings["precision"], process()
     if sentences:
         text_regularization = baselines.TextRegularization(blip, sentences, precision=precision)
-
     parameters = [p for p in query_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     weights = {"gcd": float("gcd" in asked), "lar": args.lar_weight, "llm": 1.0}
@@ -149,7 +148,7 @@ def train(args):
     first = resume_run(run, *state) if args.resume and (run / "last.pt").exists() else 0
     speak = compiled(query_model, device) if args.compile else query_model
     speak = in_pieces(speak, blip, args.micro_batch)
-    if processes > 1:  # averages gradients; batch-norm statistics stay each process's own
+    if processes > 1:  # averages gradients; a batch-norm sees its process's images alone
         speak = DistributedDataParallel(speak, [device] if device.type == "cuda" else None)
     if rank == 0:
         print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters on the query "
@@ -158,14 +157,15 @@ def train(args):
         cut_log(run / "log.jsonl", first)
         if first:  # a kill may have come between last.pt and isa.pt
             save_run(run, first, *state)
+        else:  # of a run that --overwrite replaces
+            (run / "last.pt").unlink(missing_ok=True)
 
     tau = args.temperature or blip.temperature
     began, stop = time.time(), note_signals(at_once=processes == 1)
     bar = tqdm(data.from_step(first), "training", data.steps, initial=first, disable=rank or None)
     for step, (pixels, v, F_v) in enumerate(bar, start=first):
         torch.manual_seed((args.seed * 1_000_003 + step) * processes + rank)  # LAR's negatives
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, data.steps, args.lr)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, data.steps, args.lr)
 
         with autocast(device, precision):
             U = speak(pixels)  # [b, L, d_w], b = B / processes
