@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.command import ignore_signals, run_command
-from plumbing.files import check_folder, explained, write_json
+from plumbing.files import check_folder, explained, locked, write_json
 from plumbing.options import check_options
 
 from . import specs
@@ -219,11 +219,11 @@ def _save(folder, images):
         draw(spec).save(folder / path, quality=95, subsampling=0, compress_level=1)
 
 
-def write(out, seed=0, scale=1.0, workers=2):
+def write(out, seed=0, scale=1.0, workers=2, again=True):
     """Draw the whole world into the folder `out`, the same bytes for the same seed.
 
-    The folder appears only when it is complete, in place of an older world. Returns the number of
-    images. Raises ValueError where `out` holds anything else.
+    The folder appears only when it is complete, in place of an older world; again=False: unless it
+    has appeared meanwhile. Returns the number of images. ValueError if `out` holds anything else.
     """
     out = Path(out)
     check_folder(out.parent)
@@ -232,10 +232,12 @@ def write(out, seed=0, scale=1.0, workers=2):
         raise ValueError(f"{out}: holds other things than a pocket world; move it, or "
                          "give another --out")
     draft = out.with_name(out.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
     pool, images, jobs = ProcessPoolExecutor(workers, initializer=ignore_signals), [], []
-    try:
-        with explained(out):
+    with explained(out), locked(draft):
+        try:
+            if not again and (out / "world.json").exists():
+                return 0
+            shutil.rmtree(draft)  # a killed process may have left it
             for path, content in contents(seed, scale):
                 if not isinstance(content, specs.Spec):
                     write_json(draft / path, content)
@@ -247,11 +249,11 @@ def write(out, seed=0, scale=1.0, workers=2):
             for job in jobs:
                 job.result()
             write_json(draft / "world.json", {"seed": seed, "scale": scale, "images": len(images)})
-        shutil.rmtree(out, ignore_errors=True)
-        draft.rename(out)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        shutil.rmtree(draft, ignore_errors=True)
+            shutil.rmtree(out, ignore_errors=True)
+            draft.rename(out)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            shutil.rmtree(draft, ignore_errors=True)
     return len(images)
 
 
@@ -260,7 +262,7 @@ def ensure(out="data/pocket"):
     marker = Path(out) / "world.json"
     if not marker.exists():
         print(f"drawing the pocket world into {out} ...", flush=True)
-        write(out)
+        write(out, again=False)
         return
     try:
         seed, scale = (json.loads(marker.read_text())[key] for key in ("seed", "scale"))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = 100
 LINES = {  # file or folder -> the most lines
     "isa.py": 190, "train.py": 220, "evaluate.py": 260, "search.py": 211, "blip_lite": 950,
-    "clip_lite": 482, "query_side": 830, "baselines": 796, "benchmarks": 788, "pocket": 1580,
+    "clip_lite": 482, "query_side": 830, "baselines": 796, "benchmarks": 788, "pocket": 1582,
     "paper": 1320, "plumbing": 1857, "README.md": 150,
 }
 LEVELS = [  # imports point from later levels to earlier ones, never within a level

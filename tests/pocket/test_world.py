@@ -17,6 +17,7 @@ from PIL import Image
 from reader import read, read_scene, true_of
 
 import benchmarks
+from plumbing.files import locked
 from pocket import specs, world
 from pocket.drawing import draw
 from pocket.specs import EDIT_KINDS, GARMENTS, Rng, Scene
@@ -54,7 +55,7 @@ def test_same_seed_same_bytes_from_the_command_line(tmp_path, small_world):
     out, error = process.communicate()
     assert process.returncode == 0 and f"{len(list(tmp_path.rglob('*.*g')))} images" in out, error
     assert digest(tmp_path / "w") == digest(small_world)  # drawn by another number of processes
-    assert [path.name for path in tmp_path.iterdir()] == ["w"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "w"]
 
 
 def test_a_seed_may_be_too_long_to_be_searched(tmp_path):
@@ -201,7 +202,7 @@ def test_circo_truths_are_all_images_of_which_the_facts_are_true(monkeypatch):
 def test_ensure_draws_only_what_is_missing(tmp_path, monkeypatch, capsys):
     calls, write, out = [], world.write, tmp_path / "w"
     monkeypatch.setattr(
-        world, "write", lambda out: calls.append(out) or write(out, scale=0.001, workers=1))
+        world, "write", lambda out, again: calls.append(out) or write(out, 0, 0.001, 1, again))
     world.ensure(out)
     assert calls == [out] and "drawing" in capsys.readouterr().out
     before = digest(out)
@@ -231,7 +232,19 @@ def test_write_replaces_an_older_world_and_nothing_else(tmp_path, small_world):
     with pytest.raises(ValueError, match="photos"):
         world.write(photos, seed=0, scale=0.001, workers=1)
     assert [path.name for path in photos.iterdir()] == ["holiday.jpg"]
-    assert len(list(tmp_path.iterdir())) == 2
+    assert sorted(os.listdir(tmp_path)) == [".lock", "photos", "world"]
+
+
+def test_a_world_that_another_process_draws_is_waited_for(tmp_path):
+    made, out = tmp_path / "made/w", tmp_path / "data/w"
+    world.write(made, scale=0.001, workers=1)
+    with locked(out.with_name("w.tmp")):
+        command = [sys.executable, "-c", f"from pocket import world; world.ensure({str(out)!r})"]
+        other = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert "waiting for another process" in other.stderr.readline()
+        made.rename(out)
+    assert other.wait(60) == 0 and not out.with_name("w.tmp").exists()
+    assert json.loads((out / "world.json").read_text())["scale"] == 0.001
 
 
 def test_an_interrupted_write_leaves_the_older_world(tmp_path):
@@ -245,4 +258,4 @@ def test_an_interrupted_write_leaves_the_older_world(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60)[1] == "pocket.world: interrupted\n"
     assert process.returncode == 128 + signal.SIGTERM
-    assert digest(out) == before and [path.name for path in tmp_path.iterdir()] == ["world"]
+    assert digest(out) == before and sorted(os.listdir(tmp_path)) == [".lock", "world"]
