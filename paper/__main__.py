@@ -131,6 +131,8 @@ def parse_args(argv=None):
     check_options(p, args, images=stress.SIZES[0])
     args.commands, args.all = "commands" in args.names, "all" in args.names
     args.beyond = "beyond" in args.names and not args.all
+    if {"all", "beyond"} & {*args.names} and len({*args.names} - {"commands"}) > 1:
+        p.error("all and beyond stand alone: each of them writes its own page")
     names = ALL if args.all else BEYOND if args.beyond else dict.fromkeys(args.names)
     args.names = [name for name in names if name != "commands"]
     if not args.names:

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from paper.numbers import METHODS, RUNS
-from paper.runs import FOLDERS, clip_fingerprint, evaluation, folder, on_clip, read_results
+from paper.runs import FOLDERS, clip_fingerprint, evaluation, folder, on_clip, read_results, trained
 from plumbing.files import replacing
 
 FILE = Path(__file__).with_name("results.json")
@@ -28,17 +28,20 @@ def options_of(run):
 
 def local(run, seed, split):
     """What this folder's run has -> (its BLIP, {method: {benchmark: {part: {metric: %}}}}), or
-    None."""
+    None; a run with other options than those of runs.md does not count."""
     path = evaluation(run, seed, split)[1]
     if not path.exists():
         return None
     content, found = read_results(path), {}
+    blip = content["settings"].get("blip_fingerprint")
+    if run in RUNS and trained(run, seed, blip) == "other":
+        return None
     for benchmark, methods in content["results"].items():
         for method, parts in methods.items():
             rounded = {part: {metric: round(pair[0], 2) for metric, pair in row.items()}
                        for part, row in parts.items()}
             found.setdefault(method, {})[benchmark] = rounded
-    return content["settings"].get("blip_fingerprint"), found
+    return blip, found
 
 
 def published():

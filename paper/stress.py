@@ -30,7 +30,7 @@ BLOCK, BATCH = 5_000, 125  # images written, and encoded, at once
 
 
 def distractors(blip, precision, count):
-    """v, float16 [count, E], of drawn scenes that no other set has. Nothing else is kept.
+    """v, float16 [count, E], of scenes from the set that ISA trains on. Nothing else is kept.
 
     A block of images depends on its number alone, so a stopped run resumes at the last whole one.
     """

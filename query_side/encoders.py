@@ -144,7 +144,8 @@ def build(name, pretrained=None, blip=None, image_size=None):
                          f"32 or more and at most {MOST_PIXELS}")
     if name in BLIPS:
         if blip is None or pretrained is not None:
-            raise ValueError(f'"{name}" is part of a loaded BLIP: give blip=, and no pretrained=')
+            raise ValueError(f'"{name}" is part of a loaded BLIP: give blip=, and no pretrained= '
+                             "(train.py: --no-pretrained)")
         if image_size not in (None, blip.image_size):
             raise ValueError(f'image_size {image_size} is not possible for "{name}": '
                              f"the loaded BLIP sees {blip.image_size} px")

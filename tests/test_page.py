@@ -60,7 +60,7 @@ def port(opened):
 
 
 def test_line_ends_of_windows(opened, tmp_path, monkeypatch):
-    """A browser makes them \\n before it compares a script with the policy's hash."""
+    """A browser makes them \\n before it compares hashes."""
     monkeypatch.setattr(page, "HTML", tmp_path / "page.html")
     text = (ROOT / "plumbing/page.html").read_bytes()
     page.HTML.write_bytes(text.replace(b"\n", b"\r\n"))

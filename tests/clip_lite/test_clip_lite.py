@@ -156,7 +156,6 @@ def test_hugging_face_equals_transformers(tmp_path, sizes):
 
 
 def assert_squashed(clip):
-    """The whole image is seen, not the square in its middle."""
     striped = Image.new("RGB", (96, 32), "black")
     striped.paste("white", (0, 0, 24, 32))
     (mean, *_), (std, *_) = clip.normalization

@@ -278,7 +278,8 @@ time.sleep(20)
 
 
 @pytest.mark.parametrize("argv, why", [
-    ("commands", "name some"), ("5 --seeds 1 1", "different"), ("5 --seeds -1", "at least 0")])
+    ("commands", "name some"), ("5 --seeds 1 1", "different"), ("5 --seeds -1", "at least 0"),
+    ("5 beyond", "stand alone"), ("all beyond", "stand alone"), ("beyond commands 5", "alone")])
 def test_impossible_arguments(argv, why, capsys):
     with pytest.raises(SystemExit):
         parse_args(argv.split())
@@ -318,7 +319,7 @@ def test_rows_not_run_here_are_those_of_results_json(here, monkeypatch):
     assert measured.measured("isa", [0, 1], "val") == []
     assert measured.collect([0], "this one", "g") == {}  # of another BLIP
     monkeypatch.setitem(RUNS, "isa", ["--lr", "1"])
-    assert len(measured.measured("isa", [0, 1], "test")) == 1
+    assert measured.measured("isa", [0, 1], "test") == []
 
 
 def test_published_results_are_of_todays_blip_and_options():
