@@ -111,7 +111,7 @@ def read_config(folder, state):
             model, look = config["model_cfg"], config.get("preprocess_cfg") or {}
             image, text, quick = model["vision_cfg"], model["text_cfg"], model.get("quick_gelu")
             heads = image["width"] // image.get("head_width", 64), text.get("heads", 8)
-        whole = {"shortest": False, "squash": True}[look.get("resize_mode", "shortest")]
+        whole = {"shortest": False, "squash": True}[look.get("resize_mode") or "shortest"]
         found = {"quick": bool(quick), "image_heads": int(heads[0]), "text_heads": int(heads[1]),
                  "whole": whole or look.get("do_center_crop") is False}
         look = {k: look.get(k) or look.get(f"image_{k}") for k in ("mean", "std")}

@@ -211,7 +211,7 @@ def test_an_older_run_is_not_overwritten_unasked(here):
                                          "replace it with --overwrite or give another --name"):
         here("a")
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
-    with pytest.raises(MemoryError):  # what is left is not taken for the new run
+    with pytest.raises(MemoryError):  # leaves nothing to resume
         here("a", "--overwrite", at=(1, killed))
     assert not (run / "last.pt").exists()
     here("a", "--overwrite")

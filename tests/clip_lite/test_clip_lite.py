@@ -179,7 +179,7 @@ def test_openclip_files(tmp_path, act, quick):
     (folder / "merges.txt").write_text(WORDS)
     model_cfg = {"vision_cfg": {"width": 160, "head_width": 80}, "text_cfg": {"heads": 1}}
     model_cfg |= {"quick_gelu": True} if quick else {}
-    look = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.25, 0.5]}
+    look = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.25, 0.5], "resize_mode": None}
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": model_cfg, "preprocess_cfg": look}))
     save_file(state, folder / "open_clip_model.safetensors")

@@ -37,14 +37,15 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:-900])
 
 
-EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) show\n%%EOF\n"
-BOMB = struct.pack("<2sQIIiiHH24x", b"BM", 0, 54, 40, 30_000, 30_000, 1, 24)  # a BMP's head
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
+BOMB = struct.pack("<2sQIIiiHH24x", b"BM", 0, 54, 40, 30_000, 30_000, 1, 24)  # BMP
+NONE = "cannot be read as an image (it is none of JPEG, PNG, WEBP, BMP, GIF, TIFF)"
 
 DAMAGED = {
     "missing": (lambda path: None, "there is no such image"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
-    "text": (lambda path: path.write_text("not found"), "cannot be read as an image (it is none"),
-    "EPS": (lambda path: path.write_bytes(EPS), "cannot be read as an image (it is none of"),
+    "text": (lambda path: path.write_text("not found"), NONE),
+    "EPS": (lambda path: path.write_bytes(EPS), NONE),
     "page": (lambda path: path.write_text("\ufeff\n<!DOCTYPE html>"), "is a web page"),
     "error of a server": (lambda path: path.write_text("<?xml version='1.0'?><Error>"), "is a web"),
     "pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid x"),
