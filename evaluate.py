@@ -164,7 +164,6 @@ def submit(args):
         if subsets:
             document = benchmarks.predictions(setting.benchmark, subsets, "recall_subset")
             files[out.with_name(f"{out.stem}_subset{out.suffix}")] = document
-    out.parent.mkdir(parents=True, exist_ok=True)
     for path, document in files.items():
         benchmarks.write_predictions(path, document)
         print(f"wrote {path}")

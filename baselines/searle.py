@@ -169,7 +169,6 @@ def searle(args):
     losses = distill(model.mapper, v, words, regularize, args.epochs, lr=args.lr,
                      precision=precision)
     print(f"loss {losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in the last")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         torch.save({"query_model": model.state_dict(), "settings": settings,
                     "blip": blip.fingerprint, "images": len(v)}, file)

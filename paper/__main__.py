@@ -61,12 +61,14 @@ def section(name, args):
     elif name in BEYOND:
         lines = measured(name, args)
     elif name in figures.FIGURES:
+        path = Path("paper/figures", f"{name}.png")
+        lines = [numbers.NOTES[title], "",
+                 f"![{title}]({os.path.relpath(path, Path(args.out or '').parent)})"]
         try:
-            path = figures.draw_figure(name, args.seeds[0], args.threads)
-            link = os.path.relpath(path, Path(args.out or "").parent)
-            lines = [numbers.NOTES[title], "", f"![{title}]({link})"]
+            figures.draw_figure(name, path, args.seeds[0], args.threads)
         except ValueError as error:  # the tables are still worth printing
-            lines = [f"**{title}** is not drawn: {error}."]
+            if not (args.as_is and path.exists()):  # --as-is: as it was drawn elsewhere
+                lines = [f"**{title}** is not drawn: {error}."]
     else:
         lines = lar.lar_table(args.seeds) if name == "lar" else tables.table(name, args.seeds)
         note = numbers.NOTES.get("lar" if name == "lar" else title)
@@ -88,7 +90,6 @@ def measured(name, args):
         lines = BEYOND[name](args.seeds, args.threads, **more)
     except ValueError as error:
         return [f"**{name}** is not measured: {error}."]
-    file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as out:
         out.write("\n".join(lines).encode())
     return lines
@@ -161,6 +162,8 @@ def main(args):
     entries = {}
     if args.all:
         entries = results.collect(args.seeds, costs.machine(args.threads), fingerprint)
+        for key, words in lar.look_at_runs(args.seeds).items():
+            entries.get(runs.folder(*key).name, {})["words"] = words
         results.write(entries, Path(args.out).with_name(results.FILE.name))
     lines = preamble(args, entries) if args.all or args.beyond else []
     for name in args.names:
@@ -168,7 +171,6 @@ def main(args):
         print("\n".join(made), flush=True)
         lines += made
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with replacing(args.out) as file:
             file.write("\n".join(lines).encode())
         print(f"wrote {args.out}")

@@ -3,7 +3,7 @@
 import statistics
 from itertools import combinations
 
-from paper.numbers import NUMBERS, ROWS
+from paper.numbers import NOTES, NUMBERS, ROWS
 from paper.results import measured
 from paper.tables import COLUMNS, TABLES, markdown, title_of, value
 
@@ -62,11 +62,6 @@ def agreement_table(seeds):
             for (name, heading), found in count.items()]
     total = {v: sum(found[v] for found in count.values()) for v in VERDICTS}
     rows.append(["all", *map(str, total.values())])
-    said = (f"**Agreement.** Of {len(all_pairs)} pairs of rows that the paper separates by a point "
-            "or more (CIRR and CIRCO: average over the metrics, FashionIQ: R@10), ours stand in "
-            f"the same order in {total['agree']}, are level in {total['level']} (the difference is "
-            "within the pooled standard deviation or half a point) and contradict "
-            f"{total['against']}; {total['not run']} were not run. A pair that two tables print "
-            "counts once.")
+    said = NOTES["agreement, count"].format(**total, pairs=len(all_pairs))
     return [said, "", *markdown(["table", *VERDICTS], rows), "", "Those that contradict:", "",
             *markdown(["where", "one row", "another", "paper", "ours"], against)]

@@ -1,7 +1,6 @@
 """Figures 4-8: what the sentence tokens look at, and what the sentences retrieve."""
 
 import textwrap
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
@@ -41,8 +40,8 @@ def first_of_each_kind(benchmark, condition):
     return [found[kind] for kind in (*EDIT_KINDS, "") if kind in found]
 
 
-def draw_figure(name, seed=0, threads=0):
-    """Draw paper/figures/NAME.png from the runs of one seed -> its path. Raises ValueError."""
+def draw_figure(name, out, seed=0, threads=0):
+    """Draw a figure of FIGURES from the runs of one seed into a PNG file. Raises ValueError."""
     runs, condition = FIGURES[name]
     paths = {run: folder(run, seed) / "isa.pt" for run in runs}
     for path in paths.values():
@@ -64,11 +63,8 @@ def draw_figure(name, seed=0, threads=0):
     for block in blocks:
         sheet.paste(block, (GAP, y))
         y += block.height + 3 * GAP
-    path = Path(f"paper/figures/{name}.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with replacing(out) as file:
         sheet.save(file, optimize=True)
-    return path
 
 
 def picture(setting, name):

@@ -11,39 +11,51 @@ import blip_lite
 import evaluate
 import isa
 import query_side
+from paper import results
 from paper.numbers import NOTES, ROWS
-from paper.results import measured
-from paper.runs import folder, seeds_of
+from paper.runs import folder, seeds_of, trained
 from paper.tables import cell, markdown, value
 from plumbing.pictures import nearest_words, word_rows
 from pocket.specs import EDIT_KINDS
 
+IMAGES = 500  # of pocket CIRR's test gallery, whose learnt words are looked at
 
-def lar_table(seeds, images=500):
+
+def lar_table(seeds):
     """Two tables -> lines of markdown."""
-    blip = blip_lite.load("pocket")
-    (benchmark,) = evaluate.open_benchmarks("cirr")
-    paths = [benchmark.paths[name] for name in benchmark.gallery[:images]]
-    v = evaluate.Setting(blip, benchmark).gallery[:images]  # [M, E]
     kinds = [kind for kind in EDIT_KINDS if kind != "replace"]  # only pre-training has that one
     columns = [(b, benchmarks.HEADLINE[b], kind) for b in benchmarks.PAPERS for kind in kinds]
-    scores, words = [], []
+    scores, words, looks = [], [], look_at_runs(seeds)
     for label, row in ROWS["lar"].items():
-        run, seen = row["ours"], seeds_of(row["ours"], seeds)
-        seen = [seed for seed in seen if (folder(run, seed) / "isa.pt").exists()]
-        results = measured(run, seen, "test")
-        cells = [cell([value(r, b, f"{kind} {m}") for r in results]) for b, m, kind in columns]
+        measured = results.measured(row["ours"], seeds_of(row["ours"], seeds), "test")
+        cells = [cell([value(r, b, f"{kind} {m}") for r in measured]) for b, m, kind in columns]
         scores.append([label, *cells])
-        looks = [look_at_words(folder(run, seed) / "isa.pt", blip, paths, v) for seed in seen]
-        cells = [cell([look[i] for look in looks]) for i in range(4)]
-        words.append([label, *cells, looks[0][4] if looks else "–"])
-    _, rows = word_rows(blip)
+        seen = [look for (run, _), look in looks.items() if run == row["ours"]]
+        cells = [cell([look[i] for look in seen]) for i in range(4)]
+        words.append([label, *cells, seen[0][4] if seen else "–"])
+    _, rows = word_rows(blip_lite.load("pocket"))
     score_head = ["loss", *(f"{b} {metric}, {kind}" for b, metric, kind in columns)]
     word_head = ["loss", "norm of a token", "cosine to the nearest word", "true, %",
                  "own image, R@1", "nearest words, most often"]
-    note = NOTES["lar, words"].format(images=len(paths), norm=rows.norm(dim=1).mean())
+    note = NOTES["lar, words"].format(images=IMAGES, norm=rows.norm(dim=1).mean())
     return [NOTES["lar, scores"], "", *markdown(score_head, scores), "",
             note, "", *markdown(word_head, words)]
+
+
+def look_at_runs(seeds):
+    """{(run, seed): its look_at_words}: of this folder's finished runs, else of results.json."""
+    blip, published = blip_lite.load("pocket"), results.published()
+    keys = [(row["ours"], seed) for row in ROWS["lar"].values()
+            for seed in seeds_of(row["ours"], seeds)]
+    found = {key: published.get(folder(*key).name, {}).get("words") for key in keys}
+    here = [key for key in keys if trained(*key, blip.fingerprint) == "done"]
+    if here:
+        (benchmark,) = evaluate.open_benchmarks("cirr")
+        paths = [benchmark.paths[name] for name in benchmark.gallery[:IMAGES]]
+        v = evaluate.Setting(blip, benchmark).gallery[:IMAGES]  # [M, E]
+    for key in here:
+        found[key] = look_at_words(folder(*key) / "isa.pt", blip, paths, v)
+    return {key: look for key, look in found.items() if look}
 
 
 @torch.no_grad()

@@ -77,7 +77,6 @@ def write(entries, path):
     for name in sorted(entries):
         parts = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in entries[name].items())
         lines.append(f"{json.dumps(name)}: {{" + ",\n ".join(parts) + "}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(("{" + ",\n".join(lines) + "}\n").encode())
 

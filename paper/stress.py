@@ -82,14 +82,14 @@ def growth_table(seeds, threads, images=1_000_000):
         rows.append([f"{size:,}", *cells, f"{median_ms(one, 10):.2f}",
                      f"{gallery.nbytes / 1e6:.1f}"])
     head = [f"{method} {metric}" for method in methods for metric in ("R@1", "R@10")]
-    path = plot(curves, "paper/figures/growth.png")
+    plot(curves, "paper/figures/growth.png")
     note = NOTES["growth"].format(machine=machine(threads))
     return [note, "", *markdown(["images", *head, "search, ms", "MB"], rows), "",
-            f"![CIRR R@1 over the size of the gallery](figures/{path.name})"]
+            "![CIRR R@1 over the size of the gallery](figures/growth.png)"]
 
 
 def plot(curves, path, width=560, height=300, left=46, low=30):
-    """{method: [(size, percent)]} -> a picture, sizes on a logarithmic axis -> its path."""
+    """{method: [(size, percent)]} -> a picture, sizes on a logarithmic axis, saved at `path`."""
     scale, right, top = 2, 130, 14  # drawn twice as large and reduced: smooth lines
     sheet = Image.new("RGB", (scale * width, scale * height), "white")
     pen, points = ImageDraw.Draw(sheet), [p for curve in curves.values() for p in curve]
@@ -116,11 +116,8 @@ def plot(curves, path, width=560, height=300, left=46, low=30):
         for x, y in line:
             pen.ellipse((x - 6, y - 6, x + 6, y + 6), colour)
         write(scale * (width - right + 12), scale * (top + 16 * i), method, colour, "lm")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         sheet.reduce(scale).save(file, "PNG", optimize=True)
-    return path
 
 
 def compress(image):

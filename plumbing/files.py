@@ -32,13 +32,14 @@ def explained(path):
 
 @contextmanager
 def replacing(path):
-    """A binary file that replaces `path` when the block ends without an error.
+    """A binary file that replaces `path` when the block ends without an error, its folder made.
 
     Its content reaches the disk before its name: a power cut leaves no empty file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the suffix tells PIL the format
     with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -54,7 +55,6 @@ def flush(path):  # to the disk
 
 
 def write_json(path, value):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(json.dumps(value, indent=1).encode())
 

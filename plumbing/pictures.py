@@ -26,7 +26,6 @@ def check_picture(path):
 
 
 def save_picture(picture, path):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:  # its suffix tells PIL the format
         picture.save(file, quality=90)
 

@@ -11,7 +11,6 @@ mean of the feature map names each attribute; it is thrown away, as ImageNet's c
 
 import argparse
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +140,6 @@ def main(args):
         print(f"  {name:14} {percent:5.1f}")
     state = {k: x.half() if x.is_floating_point() else x for k, x in encoder.state_dict().items()}
     check_finite(state, f"what {args.encoder} learnt", "lower --lr")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.out) as file:
         torch.save(state, file)
     print(f"wrote {args.out}; now: python train.py --pretrained {args.out}")

@@ -74,7 +74,6 @@ def run_release(args):
 
 
 def write(path, text):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(text.encode())
 

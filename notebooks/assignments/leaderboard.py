@@ -153,7 +153,6 @@ def baselines(args):
                 predicted = benchmarks.predictions(benchmark, setting.rank(q)[0])
                 documents.setdefault((method, name), {}).update(predicted)
     for (method, name), document in documents.items():
-        (Path(args.out) / method).mkdir(parents=True, exist_ok=True)
         benchmarks.write_predictions(Path(args.out) / method / f"{name}.json", document)
     print(f"wrote {args.out}: {', '.join(sorted({method for method, _ in documents}))}")
 
@@ -273,7 +272,6 @@ def score(args):
     table += "".join(f"\nnot scored: {team}: {why}\n" for team, why in refused.items())
     print(table, end="")
     if args.markdown:
-        Path(args.markdown).parent.mkdir(parents=True, exist_ok=True)
         with replacing(args.markdown) as file:
             file.write(table.encode())
     if args.json:

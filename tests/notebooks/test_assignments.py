@@ -209,16 +209,6 @@ def test_stand_ins_have_the_documented_signatures():
             assert given == [ast.literal_eval(d) for d in wanted.defaults], name
 
 
-def test_no_test_compares_floats_exactly(source):
-    """A float may only stand on a side of < or >, or in expect_close."""
-    for cell in filter(grading.is_test, source.cells):
-        for node in ast.walk(ast.parse(cell.source)):
-            if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.NotEq):
-                sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
-                assert not any(re.search(r"/|\d\.\d|recall|mean|max\(\)", s) for s in sides), sides
-        assert "torch.equal" not in cell.source and "isclose" not in cell.source
-
-
 def test_parts_of_a_test_are_at_most_its_points(source):
     for cell in filter(grading.is_test, source.cells):
         found = re.findall(r"checks\.part\(([\d.]+)(?:, \"(.*?)\")?\)", cell.source)
@@ -601,12 +591,6 @@ def test_submissions_with_the_same_content_have_results_of_their_own(class_of_th
     rows = assignment.read_results(Path("grades/results.jsonl")).values()
     assert sorted(Path(row["submission"]).parent.name for row in rows) == ["anna", "ben", "carl"]
     assert ran() == [1, 1, 1]
-
-
-def test_many_equal_submissions_are_named_in_one_sentence():
-    results = {name: {"to_read": [{"answer": "x"}]} for name in "abcdef"}
-    said = suspicions.equal_submissions(results, {})
-    assert said["b"] == ["the answer in prose equals that of a, c, d and 2 more"]
 
 
 @pytest.mark.slow

@@ -289,6 +289,7 @@ def test_impossible_arguments(argv, why, capsys):
 def test_all_as_is_writes_results_and_runs_nothing(here, monkeypatch):
     monkeypatch.setattr(runs, "call", lambda *_: pytest.fail("a run was started"))
     monkeypatch.setattr(command, "section", lambda name, args: [f"section {name}"])
+    monkeypatch.setattr(lar, "look_at_runs", lambda _: {("isa", 1): [5, "sea"], ("gcd", 0): [6]})
     fingerprint = blip_lite.load("pocket").fingerprint
     for seed in (0, 1):
         fabricate("isa", seed, results(seed), blip=fingerprint)
@@ -303,7 +304,7 @@ def test_all_as_is_writes_results_and_runs_nothing(here, monkeypatch):
         assert part in text
     assert re.findall("section (.*)", text) == [*ALL]
     kept = json.loads((here / "paper/results.json").read_text())
-    assert kept.keys() == {"isa-0", "isa-1"}
+    assert kept.keys() == {"isa-0", "isa-1"} and kept["isa-1"]["words"] == [5, "sea"]
     assert kept["isa-1"]["test"]["isa"]["cirr"]["all"]["R@1"] == 2
 
 
