@@ -74,4 +74,4 @@ def look_at_words(checkpoint, blip, paths, v):
     t = blip.encode_text(*isa.compose_query(blip, U, prompt=settings["prompt"]))  # [M, E]
     own = 100 * ((t @ v.T).argmax(dim=1) == torch.arange(len(paths))).float().mean().item()
     often = " ".join(word for word, _ in Counter(word for _, word in said).most_common(6))
-    return U.norm(dim=-1).mean().item(), cosine.mean().item(), true, own, often
+    return [*(round(float(x), 4) for x in (U.norm(dim=-1).mean(), cosine.mean(), true, own)), often]

@@ -4,7 +4,7 @@
                "test": {"cirr": {"all": {"R@1": 60.61, ...}, "one": {...}}, "fashioniq": ...},
                "val": ...}, ...}
 
-Percent; parts are "all", FashionIQ's categories and the types of modifier.
+Percent; parts are "all", FashionIQ's categories and the types of modifier. "words": see lar.py.
 """
 
 import json

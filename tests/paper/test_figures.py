@@ -127,9 +127,9 @@ def test_learnt_words_are_looked_at(small_world, trained, pocket_blip, monkeypat
     v = torch.cat([t[:9], -t[9:]])  # at most nine images are found by their sentences
     paths = [benchmark.paths[name] for name in names]
     norm, cosine, true, found, often = look_at_words(trained.isa, pocket_blip, paths, v)
-    assert norm == pytest.approx(U.norm(dim=-1).mean().item())
-    assert cosine == pytest.approx(1, abs=1e-5) and 50 < found <= 75
-    assert true == pytest.approx(200 / 3) and often.split()[0] == "zip"
+    assert norm == pytest.approx(U.norm(dim=-1).mean().item(), abs=1e-4)
+    assert cosine == 1 and 50 < found <= 75
+    assert true == 66.6667 and often.split()[0] == "zip"
 
 
 def test_lar_section_has_a_line_for_each_loss(here, trained, monkeypatch):
