@@ -193,7 +193,6 @@ def main(args):
         results = [row | {"match": chance} for row, chance in zip(results, chances, strict=True)]
     (words,), _ = nearest_words(blip, U)
     document = {"settings": vars(args), "nearest_words": words, "results": results}
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     if args.json == "-":
         print(json.dumps(document, indent=1))
     else:

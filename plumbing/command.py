@@ -8,7 +8,7 @@ import sys
 import torch
 
 KNOWN = {  # part of a RuntimeError of PyTorch's -> what it means for the user
-    "DataLoader worker": "a worker was killed, perhaps out of memory; use fewer --workers",
+    "DataLoader worker (pid": "a worker was killed, perhaps out of memory; use fewer --workers",
     "can't allocate memory": "there is not enough memory; lower --batch, or train by --micro-batch",
     "by peer": "another process of this run ended first; its message says why",  # under torchrun
 }
@@ -21,11 +21,11 @@ def run_command(name, main, args, interrupted="interrupted"):
     or SIGTERM, whether main is interrupted or returns the signal's number. interrupted: what the
     line then says, or a function of args.
     """
-
     def interrupt(number, _):
         raise KeyboardInterrupt(number)
 
     on_signals(interrupt)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         stopped = main(args)
         sys.exit(128 + stopped if stopped else 0)
@@ -36,7 +36,7 @@ def run_command(name, main, args, interrupted="interrupted"):
         print(f"{name}: {said}", file=sys.stderr)
         sys.exit(128 + (error.args or (signal.SIGINT,))[0])
     except torch.cuda.OutOfMemoryError:
-        sys.exit(f"{name}: the GPU ran out of memory; give --micro-batch or --cache full")
+        sys.exit(f"{name}: the GPU ran out of memory; give --micro-batch (train) or --device cpu")
     except RuntimeError as error:
         said = next((said for sign, said in KNOWN.items() if sign in str(error)), None)
         if said is None:

@@ -239,8 +239,8 @@ def _members(shard):
                     yield f"{shard}/{member.name}", member.offset_data, member.size
                 tar.members.clear()  # tarfile would keep them all
             tar.fileobj.seek(tar.offset)
-            if len(tar.fileobj.read(512)) < 512:  # a whole file ends in zeros, unchecked by tarfile
-                raise tarfile.ReadError("its end is missing")
+            if len(end := tar.fileobj.read()) < 512 or any(end):  # zeros, unchecked by tarfile
+                raise tarfile.ReadError("its end is missing or not the end")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{shard}: is not a whole, uncompressed tar file ({error}); download it "
                          "again or remove it") from None

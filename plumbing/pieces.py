@@ -125,7 +125,7 @@ def stored_bytes(settings, blip, query_model, images):
 
     pixels = torch.zeros(images, 3, side, side, device=device)
     F_v = torch.zeros(images, *blip.visual_encoder.pos_embed.shape[1:], device=device)
-    with (torch.random.fork_rng(), keep_statistics(query_model),
+    with (torch.random.fork_rng([device] if pixels.is_cuda else []), keep_statistics(query_model),
           torch.autograd.graph.saved_tensors_hooks(store, lambda x: x),
           autocast(device, settings["precision"])):
         U = query_model(pixels)

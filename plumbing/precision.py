@@ -21,7 +21,7 @@ def cpu_flags():
 def pick_precision(device):
     """"bf16" where this device multiplies bfloat16 matrices in hardware, else "fp32"."""
     if torch.device(device).type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
     return "bf16" if cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} else "fp32"
 
 

@@ -142,7 +142,8 @@ def main(args):
     check_finite(state, f"what {args.encoder} learnt", "lower --lr")
     with replacing(args.out) as file:
         torch.save(state, file)
-    print(f"wrote {args.out}; now: python train.py --pretrained {args.out}")
+    print(f"wrote {args.out}; now: python train.py --encoder {args.encoder} "
+          f"--query-size {encoder.image_size} --pretrained {args.out}")
 
 
 if __name__ == "__main__":

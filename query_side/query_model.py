@@ -30,7 +30,7 @@ PUBLISHED = {  # the settings of SEARLE's networks, which are bare state dicts
 }
 MAY_CHANGE = {  # settings that a resumed run may have otherwise
     "name", "images", "cache", "cache_dir", "workers", "threads", "resume", "overwrite", "device",
-    "save_every", "blip", "clip", "vocab", "compile",
+    "save_every", "blip", "clip", "vocab", "compile", "skip_bad_images",
 }
 OTHER_VERSION = ("was written by another version of this program; train again, with --overwrite "
                  "or another --name")
@@ -137,7 +137,7 @@ def resume_run(run, settings, blip, images, query_model, optimizer):
              for name in fixed]
     facts += [
         (checkpoint["blip"], blip.fingerprint, "against BLIP {}, not {}; give the same --blip"),
-        (checkpoint["images"], images, "on {} images, not {}; give the same --images"),
+        (checkpoint["images"], images, "on {} images, not {}; give the same --images and --cache"),
     ]
     for before, now, how in facts:
         if before != now:

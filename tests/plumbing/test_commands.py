@@ -41,6 +41,7 @@ def killed(number):
         (RuntimeError("Connection reset by peer"), 1, "x: another process of this run"),
         (torch.cuda.OutOfMemoryError("2 GiB"), 1, "x: the GPU ran out of memory; give --micro-"),
         (RuntimeError("a bug"), None, ""),  # keeps its traceback
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0"), None, ""),
     ],
 )
 def test_exit_status_and_the_last_line(capsys, outcome, status, said):
@@ -119,6 +120,9 @@ def test_precision_follows_the_processor(monkeypatch, flags):
     monkeypatch.setattr(precision, "cpu_flags", lambda: set(flags.split()))
     picked = "bf16" if "bf16" in flags else "fp32"
     assert precision.pick_precision("cpu") == picked
+    capability = (8, 0) if picked == "bf16" else (7, 5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert precision.pick_precision("cuda") == picked
     with precision.autocast("cpu", picked):
         dtype = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
     assert dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[picked]

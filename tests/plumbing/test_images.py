@@ -180,11 +180,13 @@ def test_links_to_folders_are_followed_once(folder, find, tmp_path):
     assert colours(find()) == [4, 5, 2, 1, 6, 7, 3, 8]
 
 
-@pytest.mark.parametrize("damage", [700, 0, b"<html>" * 200, "w:gz", 1100])
+@pytest.mark.parametrize("damage", [700, 0, b"<html>" * 200, "w:gz", 1100, "two"])
 def test_damaged_shards_are_named(folder, find, tmp_path, damage):
-    """Cut in a header, empty, a text, compressed, and cut in the data of a member."""
+    """Cut in a header, empty, a text, compressed, cut in a member's data, not over at its end."""
     path = folder / "00000.tar"
-    if damage == "w:gz":
+    if damage == "two":
+        path.write_bytes(2 * path.read_bytes())
+    elif damage == "w:gz":
         tar(path, {"0.png": png((1, 1, 1))}, damage)
     else:
         path.write_bytes(path.read_bytes()[:damage] if isinstance(damage, int) else damage)

@@ -110,8 +110,9 @@ def test_a_tiny_run_learns_and_its_file_loads_as_it_was_written(capsys, tmp_path
 
 def test_a_file_serves_its_own_encoder_only(capsys, tmp_path):
     """Another network's map sizes and names; any size of the same network."""
-    run(capsys, tmp_path / "vit.pth", "--encoder", "efficientvit_m2", "--query-size", 64,
-        "--steps", 1, "--batch", 4, "--held-out", 4)
+    said = run(capsys, tmp_path / "vit.pth", "--encoder", "efficientvit_m2", "--query-size", 64,
+               "--steps", 1, "--batch", 4, "--held-out", 4)
+    assert "--encoder efficientvit_m2 --query-size 64 --pretrained" in said
     encoder = query_side.build("efficientvit_m2", tmp_path / "vit.pth", image_size=64)
     written = torch.load(tmp_path / "vit.pth", weights_only=True)
     state = encoder.state_dict()
