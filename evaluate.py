@@ -138,7 +138,7 @@ def score(args):
         if not subsets:  # a top-50 list does not rank the whole subset
             metrics = {name: value for name, value in metrics.items() if name not in SUBSET}
         results.append(metrics)
-        short = sum(len(names) < min(50, len(part.gallery) - 1) for names in best.values())
+        short = sum(len(names) < min(50, (len(part.gallery) or 52) - 1) for names in best.values())
         if short:
             print(f"{short} of {len(best)} lists hold fewer than 50 names; "
                   "names left out count as not found")
@@ -233,8 +233,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.command == "table":
         isa_too = ["isa"] if args.checkpoint or not args.clip else []
-        args.methods = args.methods or [*SIMPLE, *isa_too, *ceilings.METHODS]
+        args.methods = [*dict.fromkeys(args.methods or [*SIMPLE, *isa_too, *ceilings.METHODS])]
         args.checkpoint = args.checkpoint or [POCKET_RUN]
+    if args.command == "score" and args.subset and args.benchmark != "cirr":
+        parser.error("--subset is for CIRR alone")
     if args.command == "check":
         given = bool(args.benchmark), bool(args.data), bool(args.images)
         if given not in ((True, True, False), (False, False, True)):

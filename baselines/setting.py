@@ -140,7 +140,7 @@ class Setting:
     def __init__(self, blip, benchmark, precision="fp32", cache_dir="cache", workers=1,
                  sentences="pocket/sentences.json", weights=WEIGHTS):
         self.blip, self.benchmark, self.sentences = blip, benchmark, sentences
-        self.weights = read_weights(weights)
+        self.weights = read_weights(weights) if weights else {}
         self.precision, self.device, self.workers = precision, blip.temp.device, workers
         gallery, references = benchmark.gallery, [query.reference for query in benchmark.queries]
         self.names = [*gallery, *sorted(set(references) - set(gallery))]

@@ -29,12 +29,12 @@ GRID = {  # method -> weights to try; slerp's is a share of the angle
 }
 
 
-def headline(settings, method, weight, speakers):
+def headline(settings, method, weight, speakers, model):
     """The headline metric of each benchmark, FashionIQ's the mean of its three -> {name: %}."""
     found = {}
     for setting, speak in zip(settings, speakers, strict=True):
         setting.weights[method] = weight
-        best, subsets = setting.rank(setting.query_features(method, speak=speak))
+        best, subsets = setting.rank(setting.query_features(method, speak=speak), model)
         part = setting.benchmark
         score = benchmarks.score(part, best, subsets)[benchmarks.HEADLINE[part.name]]
         found.setdefault(part.name, []).append(score)
@@ -47,11 +47,12 @@ def main(args):
     parts = open_benchmarks(args.benchmark, args.data, args.split)
     blip, precision = open_blip(vars(args))
     model, trained = query_side.load_query_model(args.checkpoint, blip)
-    settings = [Setting(blip, part, precision, args.cache_dir, args.workers) for part in parts]
-    chosen, tried = {}, {}
+    settings = [Setting(blip, part, precision, args.cache_dir, args.workers, weights=None)
+                for part in parts]
+    chosen, tried, own = {}, {}, {"isa+text": model}  # of two sides: its own gallery
     for method, grid in GRID.items():
         speakers = [s.speaker(method, model, trained["prompt"]) for s in settings]
-        rows = {weight: headline(settings, method, weight, speakers)
+        rows = {weight: headline(settings, method, weight, speakers, own.get(method))
                 for weight in tqdm(grid, method, leave=False, disable=None)}
         mean = {weight: sum(row.values()) / len(row) for weight, row in rows.items()}
         chosen[method] = max(mean, key=mean.get)  # of equals the first

@@ -27,7 +27,7 @@ def verdict(paper, ours):
 
 def separated_pairs(seeds):
     """Yields (table, heading, the two rows' labels, the paper's two numbers, ours over seeds, the
-    verdict), each pair of the paper's numbers once, though two tables print it."""
+    verdict), each pair of the paper's numbers once for each split, though two tables print it."""
     seen = set()
     for name, entry in TABLES.items():
         for heading in entry.headings if entry.rows != "token lengths" else ():

@@ -609,7 +609,8 @@ def test_failures_come_early(run, small_world, tmp_path, monkeypatch, options, p
 @pytest.mark.parametrize("options", [
     "table --method isa", "submit --benchmark cirr --data x --split val", "score p.json",
     "score --benchmark all --data x p.json", "check", "check --benchmark cirr",
-    "check --images x --data x", "check --images x --decode most", "check --images x --decode -1"])
+    "check --images x --data x", "check --images x --decode most", "check --images x --decode -1",
+    "score --benchmark circo --data x --subset s p"])
 def test_wrong_options_are_usage_errors(options, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.parse_args(options.split())
@@ -617,12 +618,12 @@ def test_wrong_options_are_usage_errors(options, capsys):
 
 
 def test_paths_relative_to_the_current_folder(run, small_world, tmp_path):
-    """SEARLE's variant of CIRR, in the current folder; it has no captions for the upper bounds."""
+    """SEARLE's variant of CIRR has no captions for the upper bounds."""
     for folder in ("captions", "image_splits"):
         shutil.copytree(small_world / "cirr" / folder, tmp_path / "cirr" / folder)
     shutil.copytree(small_world / "cirr" / "img_raw" / "test1", tmp_path / "test1")
     where = ["--benchmark", "cirr", "--data", ".", "--methods", "target caption"]
-    done, results = run("table", *where, "image")
+    done, results = run("table", *where, "image", "image")
     assert done.status == 0 and list(results["cirr"]) == ["image"], done.err
     one_line(run("table", *where, "reference caption")[0], "captions.json")
 

@@ -300,7 +300,7 @@ def test_all_as_is_writes_results_and_runs_nothing(here, monkeypatch):
     text = (here / "paper/RESULTS.md").read_text()
     assert "{" not in text and "1500 images" in text
     assert re.search(r"data/pocket/train, 4 epochs, batch\s+128, [^-]* 0.002 ", text)
-    for part in ("3.0 hours of training in 2 runs", torch.__version__, "3 threads"):
+    for part in ("3 hours of training in 2 runs", torch.__version__, "3 threads"):
         assert part in text
     assert re.findall("section (.*)", text) == [*ALL]
     kept = json.loads((here / "paper/results.json").read_text())
