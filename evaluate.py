@@ -138,7 +138,8 @@ def score(args):
         if not subsets:  # a top-50 list does not rank the whole subset
             metrics = {name: value for name, value in metrics.items() if name not in SUBSET}
         results.append(metrics)
-        short = sum(len(names) < min(50, (len(part.gallery) or 52) - 1) for names in best.values())
+        whole = min(50, len(part.gallery) - 1) if part.gallery else 50  # without images: unknown
+        short = sum(len(names) < whole for names in best.values())
         if short:
             print(f"{short} of {len(best)} lists hold fewer than 50 names; "
                   "names left out count as not found")

@@ -115,7 +115,6 @@ def distill(phi, v, words, regularize, epochs=100, batch=256, lr=1e-4, weight=0.
 
 def invert_in_parts(blip, v, numbers, regularize, folder, **options):
     """invert, some images at a time; each part is kept in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
     words, size = [], INVERTED_TOGETHER
     for start in tqdm(range(0, len(v), size), "inverting", unit=f"x{size} img", disable=None):
         path, part = folder / f"{start:08d}.pt", slice(start, start + size)

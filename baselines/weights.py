@@ -49,10 +49,11 @@ def main(args):
     model, trained = query_side.load_query_model(args.checkpoint, blip)
     settings = [Setting(blip, part, precision, args.cache_dir, args.workers, weights=None)
                 for part in parts]
-    chosen, tried, own = {}, {}, {"isa+text": model}  # of two sides: its own gallery
+    chosen, tried = {}, {}
     for method, grid in GRID.items():
+        own = model if method == "isa+text" else None  # of two sides: its own gallery
         speakers = [s.speaker(method, model, trained["prompt"]) for s in settings]
-        rows = {weight: headline(settings, method, weight, speakers, own.get(method))
+        rows = {weight: headline(settings, method, weight, speakers, own)
                 for weight in tqdm(grid, method, leave=False, disable=None)}
         mean = {weight: sum(row.values()) / len(row) for weight, row in rows.items()}
         chosen[method] = max(mean, key=mean.get)  # of equals the first
